@@ -72,6 +72,9 @@ class Adapter(Protocol):
     def sync(self, base: Tree) -> None:
         """Frozen weights := original + `base`; nothing happens when they are so already."""
 
+    def accumulate(self, base: Tree, merge: Tree) -> Tree:
+        """`base` with what a round adds to the frozen weights."""
+
     def export(self, tree: Tree, path: Path) -> None:
         """Write a PEFT adapter folder that gives the same logits."""
 

@@ -1,0 +1,133 @@
+"""FedAvg's and FedProx's local work.
+
+Shape suffixes: C clients, B examples, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedloom.errors import RunError
+from fedloom.optimizers import Optimizer, OptimizerState, Schedule, constant
+from fedloom.tree import per_client, sqnorm_C, sub, tmap
+from fedloom.types import FIXED, Batch, ClientUpdate, LossFn, Site, Tree
+
+
+class Local(NamedTuple):
+    """State of a cohort between two local steps."""
+
+    params: Tree
+    opt: OptimizerState
+    anchor: Tree | None  # the broadcast, for FedProx
+    round_C: Tensor  # rounds done before this one
+    step_C: Tensor  # local steps done
+    num_steps_C: Tensor
+
+
+def everything(name: str) -> bool:
+    return True
+
+
+def sgd_client(
+    optimizer: Optimizer,
+    *,
+    schedule: Schedule = constant,
+    prox_mu: float = 0.0,
+    max_grad_norm: float | None = None,
+    accumulation_steps: int = 1,
+    trainable: Callable[[str], bool] = everything,
+) -> ClientUpdate:
+    """Local steps of an optimiser that starts anew each round; the upload is what was trained.
+
+    Args:
+        optimizer: makes the steps; its state is per client and does not outlive the round.
+        schedule: factor on the learning rate by the number of rounds done, so it runs over the whole run.
+        prox_mu: FedProx's mu (Li et al. 2020, Eq. 2): adds mu / 2 ||w - w0||^2 to each client's loss.
+        max_grad_norm: clips each client's own gradient, as `torch.nn.utils.clip_grad_norm_` does.
+        accumulation_steps: a batch is worked off in so many pieces; the step is that of the whole batch (its mean over
+            answer tokens), and the number of optimiser steps stays the same.
+        trainable: by parameter name; what is not trained is not sent.
+    """
+
+    def is_trained(name: str) -> bool:
+        return not name.startswith(FIXED) and trainable(name)
+
+    def init(broadcast_C: Tree, personal_C: Tree, sites: Sequence[Site]) -> Local:
+        free = {name: leaf for name, leaf in broadcast_C.items() if is_trained(name)}
+        if not free:
+            raise RunError("no parameter is trainable at the clients", code="client.nothing_trainable")
+        device = next(iter(free.values())).device
+
+        def per_site(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=device)
+
+        return Local(
+            broadcast_C,
+            optimizer.init(free),
+            broadcast_C if prox_mu else None,
+            per_site([site.round for site in sites]),
+            per_site([0 for _ in sites]),
+            per_site([site.num_steps for site in sites]),
+        )
+
+    def step(loss: LossFn, state: Local, batch_CBT: Batch) -> Local:
+        free = {name: leaf for name, leaf in state.params.items() if is_trained(name)}
+        grads = gradients(loss, state.params, free, batch_CBT, accumulation_steps)
+        if state.anchor is not None:  # the gradient of mu / 2 ||w - w0||^2, without a graph
+            away = sub(free, {name: state.anchor[name] for name in free})
+            grads = tmap(lambda g, d: g + prox_mu * d, grads, away)
+        if max_grad_norm is not None:
+            factor_C = (max_grad_norm / (sqnorm_C(grads).sqrt() + 1e-6)).clamp(max=1.0)
+            grads = tmap(lambda g: g * per_client(factor_C, g), grads)
+        # half a step in, so that neither warm-up nor decay makes a step of length zero
+        lr_scale_C = schedule(state.round_C + (state.step_C + 0.5) / state.num_steps_C)
+        moved, opt = optimizer.update(grads, state.opt, free, lr_scale_C)
+        return state._replace(params={**state.params, **moved}, opt=opt, step_C=state.step_C + 1)
+
+    def finish(broadcast_C: Tree, state: Local) -> tuple[Tree, Tree]:
+        return {name: leaf - broadcast_C[name] for name, leaf in state.params.items() if is_trained(name)}, {}
+
+    return ClientUpdate(init, step, finish)
+
+
+def gradients(loss: LossFn, params: Tree, free: Tree, batch_CBT: Batch, pieces: int = 1) -> dict[str, Tensor]:
+    """Gradients [C, ...] of each client's own loss by its own parameters.
+
+    With `pieces` > 1 the batch is split along B and the pieces' mean losses are weighted by their answer tokens, so
+    that the result is the gradient of the whole batch's mean.
+
+    Raises:
+        RunError: a parameter has no gradient (a quantised base can lose the graph without any other sign).
+    """
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in free.items()}
+    total: dict[str, Tensor] = {}
+    whole_C = targets_C(batch_CBT)
+    num_rows = batch_CBT["labels"].shape[1]
+    size = -(-num_rows // pieces)
+    for start in range(0, num_rows, size):
+        piece = {
+            name: leaf[:, start : start + size] if leaf.ndim >= 3 else leaf  # [C] leaves (seeds) are not split
+            for name, leaf in batch_CBT.items()
+        }
+        loss_C = loss({**params, **leaves}, piece)
+        if size < num_rows:
+            loss_C = loss_C * (targets_C(piece) / whole_C.clamp(min=1)).to(loss_C.dtype)
+        found = torch.autograd.grad(loss_C.sum(), list(leaves.values()), allow_unused=True)
+        missing = [name for name, grad in zip(leaves, found, strict=True) if grad is None]
+        if missing:
+            raise RunError(
+                f"{len(missing)} of {len(leaves)} trainable parameters get no gradient ({missing[0]}, ...)",
+                code="client.no_gradient",
+            )
+        for name, grad in zip(leaves, found, strict=True):
+            total[name] = total[name] + grad if name in total else grad
+    return total
+
+
+def targets_C(batch_CBT: Batch) -> Tensor:
+    """Number of answer tokens that each client's batch predicts (the first token of a row is never predicted)."""
+    return (batch_CBT["labels"][:, :, 1:] != -100).flatten(1).sum(1)

@@ -1,0 +1,1 @@
+"""Recipes, arms, the run folder and the report: what is done with rounds."""

@@ -1,0 +1,725 @@
+"""The recipe: what a run is asked to do, as validated values. Imports neither torch nor transformers.
+
+The models below are the only list of keys: the command line, the JSON schema and docs/recipe.md are made from them.
+A value that depends on others (the momentum of an optimiser that has one) is `None` until `fill` settles it, so a
+resolved recipe says everything it uses and nothing it does not; a setting that would have no effect is an error.
+
+Reading a recipe file, with every objection at once, is `fedloom.study.load`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+__all__ = [
+    "BLOCKS",
+    "CLIENT_OPTIM_DEFAULTS",
+    "METHODS",
+    "SERVER_OPTIM_DEFAULTS",
+    "AdapterRecipe",
+    "AggregateRecipe",
+    "CheckpointRecipe",
+    "ClientRecipe",
+    "DataRecipe",
+    "EvaluateRecipe",
+    "Objection",
+    "Recipe",
+    "RuntimeRecipe",
+    "ServerRecipe",
+    "SplitRecipe",
+    "fill",
+    "json_schema",
+    "load_recipe",
+    "objections",
+    "resolved_yaml",
+    "yaml_value",
+]
+
+Arm = Literal["base", "local", "federated", "global"]
+ClientOptim = Literal["adamw", "adam", "sgd", "momentum", "yogi", "adagrad"]
+ServerOptim = Literal["momentum", "adam", "yogi", "adagrad"]
+Method = Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
+
+# What a method's name stands for. An explicit key of a slot replaces what stands here; an explicit `kind` that
+# differs from the method's takes over its whole block.
+METHODS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "fedavg": {"client": {"kind": "sgd"}, "aggregate": {"kind": "mean"}, "server": {"kind": "replace"}},
+    "fedprox": {
+        "client": {"kind": "sgd", "prox_mu": 0.01},
+        "aggregate": {"kind": "mean"},
+        "server": {"kind": "replace"},
+    },
+    "fedavgm": {
+        "client": {"kind": "sgd"},
+        "aggregate": {"kind": "mean"},
+        "server": {"kind": "optimize", "server_optim": "momentum"},
+    },
+    "fedadam": {
+        "client": {"kind": "sgd"},
+        "aggregate": {"kind": "mean"},
+        "server": {"kind": "optimize", "server_optim": "adam"},
+    },
+    "fedyogi": {
+        "client": {"kind": "sgd"},
+        "aggregate": {"kind": "mean"},
+        "server": {"kind": "optimize", "server_optim": "yogi"},
+    },
+    "fedadagrad": {
+        "client": {"kind": "sgd"},
+        "aggregate": {"kind": "mean"},
+        "server": {"kind": "optimize", "server_optim": "adagrad"},
+    },
+}
+
+# The settings each optimiser has, with what they are when nothing is said. A setting that is not in an optimiser's
+# row has no effect on it and is refused.
+CLIENT_OPTIM_DEFAULTS: Mapping[str, Mapping[str, float]] = {
+    "adamw": {"weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8},
+    "adam": {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8},
+    "yogi": {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-3},
+    "adagrad": {"adam_epsilon": 1e-10},
+    "momentum": {"momentum": 0.9, "weight_decay": 0.0},
+    "sgd": {"weight_decay": 0.0},
+}
+
+# Reddi et al., Adaptive Federated Optimization: beta1 0.9, beta2 0.99, tau 1e-3. Their step sizes are tuned per task;
+# these are sized for LoRA factors, whose entries are about 1e-2.
+SERVER_OPTIM_DEFAULTS: Mapping[str, Mapping[str, float]] = {
+    "momentum": {"server_learning_rate": 1.0, "server_momentum": 0.9},
+    "adam": {"server_learning_rate": 1e-2, "server_beta1": 0.9, "server_beta2": 0.99, "server_tau": 1e-3},
+    "yogi": {"server_learning_rate": 1e-2, "server_beta1": 0.9, "server_beta2": 0.99, "server_tau": 1e-3},
+    "adagrad": {"server_learning_rate": 1e-2, "server_beta1": 0.0, "server_tau": 1e-3},
+}
+
+COLUMN_NAMES = ("instruction", "input", "output", "category", "messages", "prompt", "completion", "text")
+DEFAULT_CLIENTS = 4  # of a split that cannot tell by itself (iid, dirichlet)
+DEFAULT_VAL_SHARE = 0.05
+DEFAULT_TEST_SHARE = 0.1
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class DataRecipe(_Block):
+    """Where the rows come from and how they become tokens."""
+
+    path: str = Field(
+        "",
+        description="A json, jsonl, csv or parquet file, a folder of them, a Hugging Face data set id, or "
+        "`builtin:skills`, `builtin:arith` or `builtin:code`. Required; with model `builtin` it is `builtin:skills`.",
+    )
+    test_path: str | None = Field(
+        None, description="Rows to test on, from another file or data set. Without it test_set_size is set aside."
+    )
+    type: Literal["auto", "alpaca", "chat", "prompt_completion", "completion"] = Field(
+        "auto", description="What a row is. `auto` looks at the columns and says what it took."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Our name of a column: its name in the file, for example `{input: context, output: response}`. "
+        f"Our names are {', '.join(COLUMN_NAMES)}.",
+    )
+    max_length: Annotated[int, Field(ge=8)] = Field(
+        1024, description="Longest example in tokens, prompt and answer together; what is longer is cut and counted."
+    )
+    chat_template: Literal["auto", "alpaca", "tokenizer"] = Field(
+        "auto",
+        description="`tokenizer` is the model's own template, `alpaca` the Stanford-Alpaca layout; `auto` takes the "
+        "tokenizer's where it has one.",
+    )
+    val_set_size: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="Validation rows of each client: a share below 1, or a number of rows over all clients. "
+        f"Default {DEFAULT_VAL_SHARE}; built-in tasks bring their own.",
+    )
+    test_set_size: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="Test rows of each client, as val_set_size. "
+        f"Default {DEFAULT_TEST_SHARE} without test_path; built-in tasks bring their own.",
+    )
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Read no more than this many rows.")
+    train_on_inputs: bool = Field(False, description="Put the loss on the prompt as well as on the answer.")
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        unknown = [name for name in columns if name not in COLUMN_NAMES]
+        if unknown:
+            raise ValueError(
+                f"no such column name: {', '.join(unknown)}; the left side is one of {', '.join(COLUMN_NAMES)}, "
+                "the right side is the file's own name"
+            )
+        return columns
+
+
+class SplitRecipe(_Block):
+    """Who holds which rows."""
+
+    kind: Literal["iid", "dirichlet", "by_category", "by_column", "files", "natural"] = Field(
+        "iid",
+        description="`iid` deals rows at random; `dirichlet` skews categories by alpha; `by_category` gives each "
+        "client its categories; `by_column` makes one client per value of a column; `files` one per file of a folder; "
+        "`natural` is what a built-in task brings (its default).",
+    )
+    clients: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description=f"Number of clients. Default {DEFAULT_CLIENTS} for iid and dirichlet, else what the data has.",
+    )
+    alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Concentration of dirichlet: 0.1 is very skewed, 100 nearly iid. Only for dirichlet."
+    )
+    column: str | None = Field(
+        None, description="The column that by_column splits by. dirichlet and by_category take it in place of category."
+    )
+
+
+class AdapterRecipe(_Block):
+    """What is trained on top of the frozen model."""
+
+    kind: Literal["lora"] = Field("lora", description="The kind of adapter.")
+    lora_r: Annotated[int, Field(ge=1)] = Field(8, description="Rank.")
+    lora_alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="The update is scaled by lora_alpha / lora_r.")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Dropout in front of A while training. Draws differ with the size of a client batch."
+    )
+    lora_target_modules: Annotated[list[str], Field(min_length=1)] | Literal["auto", "all-linear"] = Field(
+        "auto", description="Names of linear modules, `all-linear`, or `auto`: PEFT's choice for the architecture."
+    )
+
+
+class ClientRecipe(_Block):
+    """One client's work in one round."""
+
+    kind: Literal["sgd"] = Field("sgd", description="The local algorithm: steps of an optimiser on own batches.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="Peak learning rate.")
+    optim: ClientOptim = Field("adamw", description="Starts anew in each round.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="Default 0.9. Only for momentum.")
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Decoupled for adamw, added to the gradient for sgd and momentum. Default 0. Only for these.",
+    )
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="Default 0.9. Only for adamw, adam, yogi."
+    )
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="Default 0.999. Only for adamw, adam, yogi."
+    )
+    adam_epsilon: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Default 1e-8, yogi 1e-3, adagrad 1e-10. Only for adamw, adam, yogi, adagrad."
+    )
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = Field(
+        4, description="Examples of one client in one forward and backward pass."
+    )
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = Field(
+        1, description="Passes per optimiser step: a step sees batch size x this many examples."
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="Each client's gradient is clipped to this norm; `null` is off."
+    )
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="Over all rounds of the run; it does not restart in each round."
+    )
+    warmup_rounds: Annotated[int, Field(ge=0)] = Field(0, description="Rounds in which the learning rate rises.")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="The end of the schedule as a share of the peak. Default 0. Only for linear and cosine."
+    )
+    prox_mu: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="FedProx: adds prox_mu / 2 x squared distance from the round's start to the loss."
+    )
+
+
+class AggregateRecipe(_Block):
+    """What the sum of uploads means."""
+
+    kind: Literal["mean"] = Field("mean", description="The rule.")
+    weighting: Literal["data", "uniform"] = Field(
+        "data", description="`data` weighs a client by its number of training rows, `uniform` all the same."
+    )
+
+
+class ServerRecipe(_Block):
+    """From the parameters towards what the clients propose."""
+
+    kind: Literal["replace", "optimize"] = Field(
+        "replace", description="Take the proposal, or step towards it with an optimiser."
+    )
+    server_optim: ServerOptim | None = Field(None, description="Required for optimize.")
+    server_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Default 1.0 for momentum, 0.01 for adam, yogi and adagrad. Only for optimize."
+    )
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="Default 0.9. Only for momentum."
+    )
+    server_beta1: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="Default 0.9, adagrad 0. Only for adam, yogi, adagrad."
+    )
+    server_beta2: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="Default 0.99. Only for adam, yogi."
+    )
+    server_tau: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Added to the denominator. Default 1e-3. Only for adam, yogi, adagrad."
+    )
+
+
+class RuntimeRecipe(_Block):
+    """How clients are mapped to the machine. Changes speed and memory, never the result beyond rounding."""
+
+    kind: Literal["batched", "sequential", "loopback"] = Field(
+        "batched",
+        description="`batched` trains several clients in one pass; `sequential` one after the other; `loopback` sends "
+        "every payload through the wire format to client objects with their own model.",
+    )
+    clients_per_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None, description="Clients in one pass. Default auto. Only for batched."
+    )
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="CPU threads of PyTorch.")
+    client_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of a round's clients that fail, simulated."
+    )
+
+
+class EvaluateRecipe(_Block):
+    """What is measured, and when."""
+
+    eval_rounds: Annotated[int, Field(ge=0)] = Field(5, description="Validate every so many rounds; 0 only at the end.")
+    score: Literal["auto", "none", "exact", "final_number", "pass_at_1"] = Field(
+        "auto", description="How an answer is judged; `auto` is the task's own, or none where nothing is known."
+    )
+    limit: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Score no more than this many test rows per client; the loss is always on all."
+    )
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Longest generated answer. Default: the built-in task's own, else 256."
+    )
+    eval_batch_size: Annotated[int, Field(ge=1)] = Field(16, description="Examples in one pass of evaluation.")
+    best_by: Literal["loss", "score"] | None = Field(
+        None,
+        description="What makes a checkpoint the best, on the validation rows. Default loss where there are any.",
+    )
+
+
+class CheckpointRecipe(_Block):
+    """What is kept to go on from."""
+
+    save_rounds: Annotated[int, Field(ge=1)] = Field(1, description="Save every so many rounds.")
+    save_total_limit: Annotated[int, Field(ge=1)] = Field(2, description="Checkpoints kept per arm, besides the best.")
+
+
+class Recipe(_Block):
+    """A run. Blocks may be left out; a leaf may also be written flat (`learning_rate: 2e-4`)."""
+
+    name: str = Field("run", min_length=1, description="Default: the recipe file's name.")
+    model: str = Field(min_length=1, description="A hub id, a folder, or `builtin`.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        "auto", description="Of the frozen model; `auto` is bfloat16 where the hardware has it. Adapters are float32."
+    )
+    data: DataRecipe = Field(default_factory=DataRecipe, description="Where the rows come from.")
+    split: SplitRecipe = Field(default_factory=SplitRecipe, description="Who holds which rows.")
+    adapter: AdapterRecipe = Field(default_factory=AdapterRecipe, description="What is trained.")
+    method: Method = Field(
+        "fedavg", description="Fills client, aggregate and server; `fedloom cat` shows the result; a slot key replaces."
+    )
+    rounds: Annotated[int, Field(ge=1)] = Field(10, description="Rounds of training and averaging.")
+    clients_per_round: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="A whole number of clients, or a share below 1. `null` is all."
+    )
+    local_steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Optimiser steps per client and round. This or local_epochs."
+    )
+    local_epochs: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Passes over a client's rows per round. This or local_steps."
+    )
+    client: ClientRecipe = Field(default_factory=ClientRecipe, description="One client's work in one round.")
+    aggregate: AggregateRecipe = Field(default_factory=AggregateRecipe, description="What the sum of uploads means.")
+    server: ServerRecipe = Field(default_factory=ServerRecipe, description="What the server does with it.")
+    runtime: RuntimeRecipe = Field(default_factory=RuntimeRecipe, description="How clients are mapped to the machine.")
+    arms: list[Arm] = Field(
+        ["base", "federated"],
+        min_length=1,
+        description="What is compared: `base` untouched, `local` each client alone, `federated`, `global` pooled rows.",
+    )
+    evaluate: EvaluateRecipe = Field(default_factory=EvaluateRecipe, description="What is measured, and when.")
+    checkpoint: CheckpointRecipe = Field(default_factory=CheckpointRecipe, description="What is kept to go on from.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="Every random draw comes from it.")
+    output_dir: str = Field("", description="The run folder. Default `runs/<name>`.")
+
+    @field_validator("arms")
+    @classmethod
+    def _arms_once(cls, arms: list[Arm]) -> list[Arm]:
+        twice = sorted({arm for arm in arms if arms.count(arm) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is named twice")
+        return arms
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        return fill(values) if isinstance(values, Mapping) else values
+
+    @model_validator(mode="after")
+    def _compose(self, info: ValidationInfo) -> Recipe:
+        if isinstance(info.context, dict) and info.context.get("compose") is False:
+            return self  # the loader asks for the objections itself, to tell their lines
+        found = list(objections(self))
+        if found:
+            raise ValueError("; ".join(f"{objection.keys[0]}: {objection.message}" for objection in found))
+        return self
+
+
+BLOCKS: Mapping[str, type[_Block]] = {
+    "data": DataRecipe,
+    "split": SplitRecipe,
+    "adapter": AdapterRecipe,
+    "client": ClientRecipe,
+    "aggregate": AggregateRecipe,
+    "server": ServerRecipe,
+    "runtime": RuntimeRecipe,
+    "evaluate": EvaluateRecipe,
+    "checkpoint": CheckpointRecipe,
+}
+
+
+def _is_builtin(path: object) -> bool:
+    return isinstance(path, str) and path.startswith("builtin:")
+
+
+def fill(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settle what depends on other keys: the method's slots, the optimisers' settings, sizes of splits, the folder.
+
+    Never replaces a value that was given. Values may be wrong; what cannot be settled is left for validation.
+    """
+    filled: dict[str, Any] = dict(values)
+    for name in BLOCKS:
+        block = filled.get(name)
+        if isinstance(block, BaseModel):
+            block = block.model_dump(exclude_unset=True)
+        if block is None or isinstance(block, Mapping):
+            filled[name] = dict(block or {})
+        else:
+            return filled  # not a block at all: validation says so
+    data, split, client = filled["data"], filled["split"], filled["client"]
+    server, runtime, evaluate = filled["server"], filled["runtime"], filled["evaluate"]
+
+    def settle(block: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+        for key, value in defaults.items():
+            if block.get(key) is None:
+                block[key] = value
+
+    method = filled.get("method", "fedavg")
+    for slot, settings in METHODS.get(method if isinstance(method, str) else "", {}).items():
+        if filled[slot].get("kind", settings["kind"]) == settings["kind"]:
+            settle(filled[slot], settings)
+
+    def row(table: Mapping[str, Mapping[str, float]], name: object) -> Mapping[str, float]:
+        return table.get(name, {}) if isinstance(name, str) else {}
+
+    settle(client, row(CLIENT_OPTIM_DEFAULTS, client.get("optim", "adamw")))
+    if client.get("lr_scheduler_type", "cosine") in ("linear", "cosine"):
+        settle(client, {"min_lr_ratio": 0.0})
+    if server.get("kind") == "optimize":
+        settle(server, row(SERVER_OPTIM_DEFAULTS, server.get("server_optim")))
+
+    if filled.get("model") == "builtin":
+        settle(data, {"path": "builtin:skills"})
+    if _is_builtin(data.get("path")):
+        settle(split, {"kind": "natural"})
+        if evaluate.get("score") != "none":
+            settle(evaluate, {"best_by": "loss"})
+    else:
+        settle(data, {"val_set_size": DEFAULT_VAL_SHARE})
+        if data.get("test_path") is None:
+            settle(data, {"test_set_size": DEFAULT_TEST_SHARE})
+        if split.get("kind", "iid") in ("iid", "dirichlet"):
+            settle(split, {"clients": DEFAULT_CLIENTS})
+        if evaluate.get("score") != "none":
+            settle(evaluate, {"max_new_tokens": 256})
+    if data.get("val_set_size") != 0:
+        settle(evaluate, {"best_by": "loss"})
+    if runtime.get("kind", "batched") == "batched":
+        settle(runtime, {"clients_per_batch": "auto"})
+    per_round = filled.get("clients_per_round")
+    if isinstance(per_round, float) and per_round == 1.0:
+        filled["clients_per_round"] = None  # the share 1.0 is everyone
+    if filled.get("name") is None:
+        filled["name"] = "run"
+    if not filled.get("output_dir"):
+        filled["output_dir"] = f"runs/{filled['name']}"
+    return filled
+
+
+class Objection(NamedTuple):
+    """One reason why values that are right by themselves do not go together."""
+
+    keys: tuple[str, ...]  # dotted; the first is the one to look at, all must be sound for the reason to hold
+    message: str
+
+
+def _unused(block: str, given: Mapping[str, Any], used: Iterable[str], why: str) -> Iterator[Objection]:
+    for key, value in given.items():
+        if value is not None and key not in used:
+            yield Objection((f"{block}.{key}",), f"{value} would have no effect: {why}")
+
+
+def objections(recipe: Recipe) -> Iterator[Objection]:
+    """Every reason why the recipe's parts do not go together, found without data and without the model."""
+    yield from _data_objections(recipe)
+    yield from _split_objections(recipe)
+    yield from _training_objections(recipe)
+    yield from _evaluate_objections(recipe)
+
+
+def _data_objections(recipe: Recipe) -> Iterator[Objection]:
+    data = recipe.data
+    if not data.path:
+        yield Objection(("data.path",), "missing: a file, a folder, a hub id, or builtin:skills")
+    if _is_builtin(data.path):
+        yield from _unused(
+            "data",
+            {
+                "test_path": data.test_path,
+                "type": None if data.type == "auto" else data.type,
+                "columns": data.columns or None,
+                "val_set_size": data.val_set_size,
+                "test_set_size": data.test_set_size,
+            },
+            (),
+            f"{data.path} brings its own rows and splits",
+        )
+    elif data.test_path is not None and data.test_set_size is not None:
+        yield Objection(
+            ("data.test_set_size", "data.test_path"),
+            f"{data.test_set_size} would have no effect: data.test_path gives the test rows; leave one of them out",
+        )
+    shares = [size for size in (data.val_set_size, data.test_set_size) if isinstance(size, float)]
+    if sum(shares) >= 1:
+        yield Objection(
+            ("data.val_set_size", "data.test_set_size"),
+            f"{data.val_set_size} + data.test_set_size {data.test_set_size} = {sum(shares):g}: "
+            "nothing would be left to train on; together below 1",
+        )
+
+
+def _split_objections(recipe: Recipe) -> Iterator[Objection]:
+    split = recipe.split
+    if split.kind == "natural" and recipe.data.path and not _is_builtin(recipe.data.path):
+        yield Objection(
+            ("split.kind", "data.path"),
+            "natural is what built-in tasks bring; your own data takes iid, dirichlet, by_category, by_column or files",
+        )
+    if split.kind == "dirichlet" and split.alpha is None:
+        yield Objection(("split.alpha", "split.kind"), "missing: dirichlet needs it, for example alpha: 0.5")
+    if split.kind != "dirichlet" and split.alpha is not None:
+        yield Objection(
+            ("split.alpha", "split.kind"),
+            f"{split.alpha} would have no effect: only dirichlet has it, kind is {split.kind}",
+        )
+    if split.kind == "by_column" and split.column is None:
+        yield Objection(("split.column", "split.kind"), "missing: by_column needs the column to split by")
+    if split.kind in ("iid", "files", "natural") and split.column is not None:
+        yield Objection(
+            ("split.column", "split.kind"),
+            f"{split.column} would have no effect: kind is {split.kind}; by_column splits by it",
+        )
+    if split.kind in ("files", "natural") and split.clients is not None:
+        yield Objection(
+            ("split.clients", "split.kind"),
+            f"{split.clients} would have no effect: with kind {split.kind} the data says how many clients there are",
+        )
+    per_round = recipe.clients_per_round
+    if isinstance(per_round, int) and split.clients is not None and per_round > split.clients:
+        yield Objection(
+            ("clients_per_round", "split.clients"),
+            f"{per_round}, but the split has {split.clients} client{'s' if split.clients > 1 else ''}: "
+            f"at most {split.clients}, or split.clients >= {per_round}",
+        )
+
+
+def _training_objections(recipe: Recipe) -> Iterator[Objection]:
+    if recipe.local_steps is not None and recipe.local_epochs is not None:
+        yield Objection(
+            ("local_epochs", "local_steps"),
+            f"{recipe.local_epochs}, and local_steps {recipe.local_steps} as well: leave one of them out",
+        )
+    if recipe.local_steps is None and recipe.local_epochs is None:
+        yield Objection(
+            ("local_steps", "local_epochs"),
+            "missing: how long a client trains in a round, local_steps: 30 say, or local_epochs: 1",
+        )
+    client, server = recipe.client, recipe.server
+    optional = ("momentum", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    for key in optional:
+        value = getattr(client, key)
+        if value is not None and key not in CLIENT_OPTIM_DEFAULTS[client.optim]:
+            having = [name for name, settings in CLIENT_OPTIM_DEFAULTS.items() if key in settings]
+            yield Objection(
+                (f"client.{key}", "client.optim"),
+                f"{value} would have no effect: optim is {client.optim}; {', '.join(having)} "
+                f"{'has' if len(having) == 1 else 'have'} it",
+            )
+    if client.min_lr_ratio is not None and client.lr_scheduler_type == "constant":
+        yield Objection(
+            ("client.min_lr_ratio", "client.lr_scheduler_type"),
+            f"{client.min_lr_ratio} would have no effect: lr_scheduler_type is constant; linear and cosine have an end",
+        )
+    if client.warmup_rounds >= recipe.rounds:
+        yield Objection(
+            ("client.warmup_rounds", "rounds"),
+            f"{client.warmup_rounds}, but there {'are' if recipe.rounds > 1 else 'is'} {recipe.rounds} "
+            f"round{'s' if recipe.rounds > 1 else ''}: at most {recipe.rounds - 1}",
+        )
+    if client.prox_mu > 0 and recipe.method == "fedavg":
+        yield Objection(
+            ("client.prox_mu", "method"),
+            f"{client.prox_mu} makes this FedProx, and the method says fedavg: set method: fedprox",
+        )
+    settings = {
+        key: getattr(server, key)
+        for key in (
+            "server_optim",
+            "server_learning_rate",
+            "server_momentum",
+            "server_beta1",
+            "server_beta2",
+            "server_tau",
+        )
+    }
+    if server.kind == "replace":
+        for key, value in settings.items():
+            if value is not None:
+                yield Objection(
+                    (f"server.{key}", "server.kind", "method"),
+                    f"{value} would have no effect: server.kind is replace; set method: fedavgm, fedadam, fedyogi or "
+                    "fedadagrad, or server.kind: optimize",
+                )
+    elif server.server_optim is None:
+        yield Objection(
+            ("server.server_optim", "server.kind"), "missing: optimize needs momentum, adam, yogi or adagrad"
+        )
+    else:
+        for key, value in settings.items():
+            if value is not None and key != "server_optim" and key not in SERVER_OPTIM_DEFAULTS[server.server_optim]:
+                having = [name for name, row in SERVER_OPTIM_DEFAULTS.items() if key in row]
+                yield Objection(
+                    (f"server.{key}", "server.server_optim"),
+                    f"{value} would have no effect: server_optim is {server.server_optim}; {', '.join(having)} "
+                    f"{'has' if len(having) == 1 else 'have'} it",
+                )
+    if recipe.runtime.kind != "batched" and recipe.runtime.clients_per_batch is not None:
+        yield Objection(
+            ("runtime.clients_per_batch", "runtime.kind"),
+            f"{recipe.runtime.clients_per_batch} would have no effect: runtime.kind is {recipe.runtime.kind}, "
+            "which takes one client at a time",
+        )
+
+
+def _evaluate_objections(recipe: Recipe) -> Iterator[Objection]:
+    evaluate = recipe.evaluate
+    if evaluate.score == "none" and evaluate.max_new_tokens is not None:
+        yield Objection(
+            ("evaluate.max_new_tokens", "evaluate.score"),
+            f"{evaluate.max_new_tokens} would have no effect: score is none, so nothing is generated",
+        )
+    if evaluate.best_by == "score" and evaluate.score == "none":
+        yield Objection(("evaluate.best_by", "evaluate.score"), "score, but evaluate.score is none: best_by: loss")
+    if evaluate.best_by is not None and recipe.data.val_set_size == 0:
+        yield Objection(
+            ("evaluate.best_by", "data.val_set_size"),
+            f"{evaluate.best_by} would have no effect: data.val_set_size is 0, so there is nothing to choose by",
+        )
+
+
+_PLAIN = re.compile(r"[A-Za-z_./][\w./-]*(?::[\w./-]+)*")
+_NOT_TEXT = re.compile(r"(?i:y|n|yes|no|on|off|true|false|null|none|\.inf|\.nan|[-+.]?\d.*)")
+
+
+def yaml_value(value: object) -> str:
+    """A value as YAML on one line, so that YAML 1.1 and 1.2 readers agree on what it is."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        if value == 0 or 1e-3 <= abs(value) < 1e6:
+            return repr(value)
+        mantissa, exponent = f"{value!r}e0".split("e")[:2] if "e" in repr(value) else _scientific(value)
+        return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{int(exponent):+03d}"
+    if isinstance(value, str):
+        return value if _PLAIN.fullmatch(value) and not _NOT_TEXT.fullmatch(value) else json.dumps(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{yaml_value(key)}: {yaml_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, Sequence):
+        return "[" + ", ".join(yaml_value(item) for item in value) + "]"
+    raise TypeError(f"no YAML for {type(value).__name__}")
+
+
+def _scientific(value: float) -> tuple[str, str]:
+    exponent = math.floor(math.log10(abs(value)))
+    for digits in range(17):  # the shortest that reads back as the same number
+        text = f"{value:.{digits}e}"
+        if float(text) == value:
+            mantissa, power = text.split("e")
+            return mantissa, power
+    return repr(value / 10**exponent), str(exponent)
+
+
+def _said(block: BaseModel) -> dict[str, Any]:
+    """Keys worth writing: all but those that are `None` (or empty) because they do not apply."""
+    values: dict[str, Any] = {}
+    for key, field in type(block).model_fields.items():
+        value = getattr(block, key)
+        if isinstance(value, BaseModel):
+            value = _said(value)
+        elif (value is None and field.default is None) or value == {}:
+            continue
+        values[key] = value
+    return values
+
+
+def resolved_yaml(recipe: Recipe, schema: str = "recipe.schema.json") -> str:
+    """The recipe with everything settled, as YAML that reads back as the same recipe.
+
+    Args:
+        schema: where editors find the JSON schema, from the file's own folder.
+    """
+    lines = [f"# yaml-language-server: $schema={schema}"]
+    for key, value in _said(recipe).items():
+        if key in BLOCKS:
+            lines.append(f"{key}:")
+            lines.extend(f"  {leaf}: {yaml_value(item)}" for leaf, item in value.items())
+        else:
+            lines.append(f"{key}: {yaml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file, for editors."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "fedloom recipe"
+    return schema
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe file.
+
+    Args:
+        path: a YAML file, a run folder, or the name of a packaged recipe.
+        overrides: `k=v`, `--k=v`, or `--k` followed by its value; later ones win over earlier ones and the file.
+
+    Raises:
+        UserError: the file cannot be read, or its values are wrong; the message lists every objection.
+    """
+    from fedloom.study.load import read_recipe
+
+    return read_recipe(path, overrides).recipe

@@ -1,4 +1,4 @@
-"""What every test may use: offline settings, one torch thread per worker, real data where there is some, tiny models."""
+"""What every test may use: offline settings, one torch thread per worker, real data if any, tiny models."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def real_path() -> Callable[[str], Path]:
-    """Return a function from a name such as "data/gsm8k/train.jsonl" to its path; it skips the test where there is none.
+    """Return a function from a name such as "data/gsm8k/train.jsonl" to its path, or a skip where there is none.
 
     The files lie in ../shared beside the checkout, or in the folder that FEDLOOM_REAL_DATA names.
     """
@@ -74,7 +74,7 @@ def _torch_as_found() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., LlamaForCausalLM]:
-    """Return `make(seed=0, dtype=torch.float32, **config)`: a new seeded random Llama of about 30 thousand parameters."""
+    """Return `make(seed=0, dtype=torch.float32, **config)`: a new seeded random Llama, 23 thousand weights."""
 
     def make(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> LlamaForCausalLM:
         shape: dict[str, Any] = {

@@ -194,7 +194,7 @@ class Installer:
         self.stamp.unlink(missing_ok=True)
         self.pip(f"pip=={locked_version(self.lock, 'pip')}")
         self.install_torch()
-        say(f"{sum('==' in line for line in self.lock.splitlines()) - 2} more packages")
+        say("the other packages of requirements.lock")
         # The lock is complete, so nothing but what it names is ever installed.
         self.pip("--no-deps", "--requirement", str(self.lock_path))
         self.pip("--no-deps", "--no-build-isolation", "--editable", ".")

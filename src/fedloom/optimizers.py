@@ -161,7 +161,7 @@ def yogi(
 def adagrad(
     learning_rate: float, *, beta1: float = 0.0, epsilon: float = 1e-10, initial_second: float = 0.0
 ) -> Optimizer:
-    """Adagrad (Duchi et al. 2011), as `torch.optim.Adagrad` has it; `beta1` averages the gradient as FedAdagrad does."""
+    """Adagrad (Duchi et al. 2011), as `torch.optim.Adagrad` has it; `beta1` averages the gradient as FedAdagrad may."""
 
     def second(v: Tensor, g: Tensor) -> Tensor:
         return v + g * g

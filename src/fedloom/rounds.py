@@ -89,9 +89,7 @@ def run_round(
     personal = {**state.personal, **trained.personal}
     after = State(state.seed, state.round + 1, params, server, personal, base)
     seconds = time.perf_counter() - start
-    return after, RoundReport(
-        after.round, ids, trained.failed, trained.upload.metrics, trained.clients, seconds
-    )
+    return after, RoundReport(after.round, ids, trained.failed, trained.upload.metrics, trained.clients, seconds)
 
 
 def federate(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ LossFn = Callable[[Tree, Batch], Tensor]  # tree_C, batch_CBT -> loss_C, the mea
 LocalState = Any  # a client update's own state: nested NamedTuples, tuples and dicts of [C, ...] tensors
 ServerState = Any  # a server update's own state: the same, without the cohort axis
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 FIXED = "fixed/"  # leaves under this prefix are neither trained nor sent (a client's own LoRA scale, say)
 
 
@@ -95,14 +97,14 @@ class Upload(NamedTuple):
 
     tree: Tree
     weight: float
-    metrics: Metrics = {}
+    metrics: Metrics = NOTHING
 
 
 class Proposal(NamedTuple):
     """Where the cohort says the parameters should be, and what should be added to the frozen weights."""
 
     params: Tree
-    merge: Tree = {}
+    merge: Tree = NOTHING
 
 
 class Trained(NamedTuple):

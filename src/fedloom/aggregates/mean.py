@@ -22,7 +22,9 @@ def mean() -> Aggregate:
             raise RunError("the clients' uploads hold no parameter", code="aggregate.empty")
         unknown = sorted(total.tree.keys() - params.keys())
         if unknown:
-            raise RunError(f"uploads name parameters that the server does not have: {unknown[:5]}", code="aggregate.names")
+            raise RunError(
+                f"uploads name parameters that the server does not have: {unknown[:5]}", code="aggregate.names"
+            )
         step = {name: leaf / total.weight for name, leaf in total.tree.items()}
         moved = {name: params[name] + leaf.to(params[name].dtype) for name, leaf in step.items()}
         return Proposal({**params, **moved})

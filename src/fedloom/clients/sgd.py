@@ -110,12 +110,12 @@ def gradients(loss: LossFn, params: Tree, free: Tree, batch_CBT: Batch, pieces: 
     size = -(-num_rows // pieces)
     for start in range(0, num_rows, size):
         piece = {
-            name: leaf[:, start : start + size] if leaf.ndim >= 3 else leaf  # [C] leaves (seeds) are not split
+            name: leaf[:, start : start + size] if leaf.ndim >= 2 else leaf  # [C] leaves (seeds) are not split
             for name, leaf in batch_CBT.items()
         }
         loss_C = loss({**params, **leaves}, piece)
         if size < num_rows:
-            loss_C = loss_C * (targets_C(piece) / whole_C.clamp(min=1)).to(loss_C.dtype)
+            loss_C = loss_C * (targets_C(piece).to(loss_C.dtype) / whole_C.clamp(min=1))
         found = torch.autograd.grad(loss_C.sum(), list(leaves.values()), allow_unused=True)
         missing = [name for name, grad in zip(leaves, found, strict=True) if grad is None]
         if missing:

@@ -37,9 +37,7 @@ def fed_adam(
 ) -> ServerUpdate:
     """FedAdam (Reddi et al. 2021, Algorithm 2): no bias correction, the second moment starts at tau squared."""
     return optimize(
-        adam(
-            learning_rate, beta1=beta1, beta2=beta2, epsilon=tau, bias_correction=False, initial_second=tau * tau
-        )
+        adam(learning_rate, beta1=beta1, beta2=beta2, epsilon=tau, bias_correction=False, initial_second=tau * tau)
     )
 
 
@@ -48,9 +46,7 @@ def fed_yogi(
 ) -> ServerUpdate:
     """FedYogi (Reddi et al. 2021, Algorithm 2)."""
     return optimize(
-        yogi(
-            learning_rate, beta1=beta1, beta2=beta2, epsilon=tau, bias_correction=False, initial_second=tau * tau
-        )
+        yogi(learning_rate, beta1=beta1, beta2=beta2, epsilon=tau, bias_correction=False, initial_second=tau * tau)
     )
 
 

@@ -1,0 +1,81 @@
+"""A causal LM taken apart: the body that gives hidden states, and the head that gives logits.
+
+Taken apart, the head works on labelled positions only, in chunks. Whether the two halves put together are the model is
+tried on a few tokens; a model with something else in between is used whole.
+
+Shape suffixes: N rows, T tokens, D hidden size, V vocabulary, M labelled positions.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedloom.ops.cross_entropy import Head, logits, nll_chunked
+
+log = logging.getLogger("fedloom")
+
+
+class CausalLM:
+    """Negative log-likelihoods of a frozen causal LM."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.head = _head_of(model)
+
+    def nll(self, input_ids_NT: Tensor, labels_NT: Tensor) -> tuple[Tensor, Tensor]:
+        """(nll_M in nats, row_M): one for each position whose next token is labelled, and the row it is in.
+
+        Rows are padded on the right, so the causal mask alone keeps padding away from every labelled position.
+        """
+        targets_NT = labels_NT[:, 1:]
+        row_M, position_M = (targets_NT != -100).nonzero(as_tuple=True)
+        target_M = targets_NT[row_M, position_M]
+        if self.head is None:
+            z = self.model(input_ids=input_ids_NT, use_cache=False).logits
+            z_MV = z[row_M, position_M].float() if z.dtype != torch.float64 else z[row_M, position_M]
+            return nn.functional.cross_entropy(z_MV, target_M, reduction="none"), row_M
+        hidden_NTD = body_of(self.model)(input_ids=input_ids_NT, use_cache=False)[0]
+        hidden_MD = hidden_NTD.flatten(0, 1).index_select(0, row_M * input_ids_NT.shape[1] + position_M)
+        return nll_chunked(hidden_MD, target_M, self.head), row_M
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """The model without its output head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    body = getattr(model, prefix, None)
+    return body if isinstance(body, nn.Module) else model
+
+
+def _head_of(model: nn.Module) -> Head | None:
+    find = getattr(model, "get_output_embeddings", None)
+    layer: Any = find() if find is not None else None
+    config: Any = getattr(model, "config", None)
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or body_of(model) is model:
+        return _whole("its output layer is not a plain matrix")
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    head = Head(
+        weight.detach(),
+        getattr(layer, "bias", None),
+        scale,
+        getattr(config, "final_logit_softcapping", None),
+    )
+    probe = torch.arange(4, device=weight.device)[None] % weight.shape[0]
+    with torch.no_grad():
+        want = model(input_ids=probe, use_cache=False).logits[0].double()
+        hidden = body_of(model)(input_ids=probe, use_cache=False)[0]
+        if hidden.shape[-1] != weight.shape[1]:
+            return _whole("its head does not take the hidden state as it is")
+        got = logits(hidden[0], head).double()
+    tolerance = 1e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    if got.shape != want.shape or float((got - want).abs().max()) > tolerance * (1 + float(want.abs().max())):
+        return _whole("its head does more than a matrix product")
+    return head
+
+
+def _whole(reason: str) -> None:
+    log.info("this model's logits are computed whole (more memory): %s", reason)

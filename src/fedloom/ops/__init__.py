@@ -1,0 +1,1 @@
+"""Operators, each fast one beside its plain reference."""

@@ -1,0 +1,223 @@
+"""Train several clients in one forward and backward pass over one frozen base model.
+
+Shape suffixes: C clients, B examples per client, T tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedloom.errors import FedloomError, RunError
+from fedloom.runtimes import payload as sides
+from fedloom.seeds import seed_of
+from fedloom.tree import client_of, prefix, stack, write_prefix
+from fedloom.types import (
+    Adapter,
+    Algorithm,
+    Batch,
+    Client,
+    Evaluation,
+    LossFn,
+    Metrics,
+    Runtime,
+    Site,
+    State,
+    Trained,
+    Tree,
+    Upload,
+)
+
+
+def sequential() -> Runtime:
+    """One client after the other: the plain loop, and the reference for every other runtime."""
+    return batched(1)
+
+
+def batched(clients_per_batch: int) -> Runtime:
+    """At most so many clients at a time, those with the most steps first, so that the active ones are a prefix.
+
+    Memory does not grow with the cohort: summands are folded as blocks finish.
+    """
+
+    def train(algorithm: Algorithm, adapter: Adapter, state: State, cohort: Sequence[Client]) -> Trained:
+        width = clients_per_batch if algorithm.client.cohort_axis else 1
+        ids = tuple(client.id for client in cohort)
+        total: Upload | None = None
+        personal: dict[str, Tree] = {}
+        clients: dict[str, Metrics] = {}
+        failed: dict[str, str] = {}
+        for block in blocks(cohort, width):
+            sites = [Site(state.seed, state.round, c.id, ids, max(1, len(c.batches))) for c in block]
+            try:
+                updates = train_block(algorithm, adapter, state, block, sites)
+            except FedloomError as error:
+                failed.update({client.id: error.message for client in block})
+                continue
+            for client, site, (delta, own, metrics) in zip(block, sites, updates, strict=True):
+                try:
+                    if isinstance(metrics, RunError):
+                        raise metrics
+                    weight = sides.weight_of(algorithm, client.weight)
+                    sent = sides.client_payload(algorithm, state.params, delta, weight, site)
+                    row = counted(state, site, sent, weight, metrics)
+                    summand = sides.server_summand(algorithm, state.params, sent, weight, row, site)
+                except FedloomError as error:
+                    failed[client.id] = error.message
+                    continue
+                total = summand if total is None else algorithm.aggregate.add(total, summand)
+                clients[client.id] = row
+                if own:
+                    personal[client.id] = own
+        if total is not None:
+            total = total._replace(metrics=sides.summed(clients))
+        return Trained(total, personal, clients, failed)
+
+    def evaluate(
+        algorithm: Algorithm, adapter: Adapter, state: State, clients: Sequence[Client], evaluation: Evaluation
+    ) -> Mapping[str, Metrics]:
+        adapter.sync(state.base)
+        found: dict[str, Metrics] = {}
+        for start in range(0, len(clients), clients_per_batch):
+            block = clients[start : start + clients_per_batch]
+            trees = [client_model(algorithm, adapter, state, client) for client in block]
+            rows = evaluation.run(adapter, stack(trees), block)
+            found.update({client.id: row for client, row in zip(block, rows, strict=True)})
+        return found
+
+    return Runtime(train, evaluate)
+
+
+def client_model(algorithm: Algorithm, adapter: Adapter, state: State, client: Client) -> Tree:
+    """What the client itself would use: a personalised method's own parameters, else the broadcast."""
+    own = state.personal.get(client.id)
+    if own is None:
+        own = algorithm.client.personal(state.params)
+    return adapter.narrow(algorithm.client.model(state.params, own), client)
+
+
+def blocks(cohort: Sequence[Client], width: int) -> list[list[Client]]:
+    """Clients with the most local steps first, cut into blocks; ties keep the cohort's order."""
+    order = sorted(cohort, key=lambda client: -len(client.batches))
+    return [order[start : start + width] for start in range(0, len(order), width)]
+
+
+def train_block(
+    algorithm: Algorithm, adapter: Adapter, state: State, block: Sequence[Client], sites: Sequence[Site]
+) -> list[tuple[Tree, Tree, Metrics | RunError]]:
+    """Local work of one block: delta, personal state and metrics of each client, in the block's order.
+
+    A client whose loss was not finite has the reason in place of its metrics; the others of its block are not touched.
+
+    Raises:
+        RunError: a client of the block has no batch.
+    """
+    start = time.perf_counter()
+    empty = [client.id for client in block if not len(client.batches)]
+    if empty:
+        raise RunError(f"no training batches for {', '.join(empty)}", code="client.no_batches")
+    update = algorithm.client
+    device = next(iter(state.params.values())).device
+    params_C = stack(_shared([adapter.narrow(state.params, client) for client in block], block))
+    first = update.personal(state.params)
+    personal_C = stack([state.personal.get(client.id, first) for client in block])
+    work = update.init(params_C, personal_C, sites)
+    record = Record(len(block), device)
+    for index in range(len(block[0].batches)):
+        active = [client for client in block if len(client.batches) > index]
+        batches = [client.batches[index] for client in active]
+        seeds = [seed_of(s.seed, s.round, s.client, f"step/{index}") for s in sites[: len(active)]]
+        batch_CBT = collate(batches, seeds, device)
+        record.batch(batches)
+        moved = update.step(record.watch(adapter.loss), prefix(work, len(active)), batch_CBT)
+        work = write_prefix(work, moved, len(active))
+    delta_C, personal_C = update.finish(params_C, work)
+    seconds = time.perf_counter() - start
+    return [
+        (client_of(delta_C, i), {name: leaf.clone() for name, leaf in client_of(personal_C, i).items()}, metrics)
+        for i, metrics in enumerate(record.metrics(seconds))
+    ]
+
+
+def _shared(trees: list[Tree], block: Sequence[Client]) -> list[Tree]:
+    """The same tree for all when all have the same rank, so that `stack` expands instead of copying."""
+    return [trees[0]] * len(trees) if len({client.rank for client in block}) == 1 else trees
+
+
+def collate(batches: Sequence[Batch], seeds: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+    """Clients' batches [B, T] -> one [C, B, T]; shorter ones are padded with rows and tokens that carry no label."""
+    rows = max(batch["input_ids"].shape[0] for batch in batches)
+    tokens = max(batch["input_ids"].shape[1] for batch in batches)
+    out: dict[str, Tensor] = {}
+    for name in batches[0]:
+        filler = -100 if name == "labels" else 0
+        padded = []
+        for batch in batches:
+            leaf = batch[name]
+            short = (0, tokens - leaf.shape[1], 0, rows - leaf.shape[0]) if leaf.ndim == 2 else (0, rows - len(leaf))
+            padded.append(F.pad(leaf, short, value=filler) if any(short) else leaf)
+        out[name] = torch.stack(padded).to(device)
+    out["seed"] = torch.tensor(seeds, dtype=torch.int64, device=device)
+    return out
+
+
+def counted(state: State, site: Site, sent: Tree, weight: float, metrics: Metrics) -> dict[str, float]:
+    """`metrics` with the bytes that the real codec would put on the wire, both ways."""
+    up = sides.upload_bytes(sent, weight, metrics)
+    return {**metrics, "bytes_up": float(up), "bytes_down": float(sides.broadcast_bytes(state, site))}
+
+
+class Record:
+    """Watches a block's losses and counts what it works on. Losses are summed on the device, read once at the end."""
+
+    def __init__(self, num_clients: int, device: torch.device) -> None:
+        self.loss_C = torch.zeros(num_clients, dtype=torch.float64, device=device)
+        self.count_C = torch.zeros(num_clients, dtype=torch.float64, device=device)
+        self.bad_C = torch.zeros(num_clients, dtype=torch.float64, device=device)  # first step with a non-finite loss
+        self.rows: list[dict[str, float]] = [
+            {"tokens": 0.0, "padded_tokens": 0.0, "examples": 0.0, "steps": 0.0} for _ in range(num_clients)
+        ]
+
+    def batch(self, batches: Sequence[Batch]) -> None:
+        tokens = max(batch["input_ids"].shape[1] for batch in batches)
+        num_rows = max(batch["input_ids"].shape[0] for batch in batches)
+        for row, batch in zip(self.rows, batches, strict=False):
+            row["tokens"] += float(batch["lengths"].sum())
+            row["padded_tokens"] += tokens * num_rows
+            row["examples"] += batch["input_ids"].shape[0]
+            row["steps"] += 1
+
+    def watch(self, loss: LossFn) -> LossFn:
+        def watched(tree_C: Tree, batch_CBT: Batch) -> Tensor:
+            loss_C = loss(tree_C, batch_CBT)
+            count_C = (batch_CBT["labels"][:, :, 1:] != -100).flatten(1).sum(1).double()
+            with torch.no_grad():
+                sums_C = loss_C.detach().double() * count_C
+                if len(self.loss_C) == 1:  # an update may use the axis for examples
+                    sums_C, count_C = sums_C.sum(0, keepdim=True), count_C.sum(0, keepdim=True)
+                self.loss_C[: len(sums_C)] += sums_C
+                self.count_C[: len(count_C)] += count_C
+                bad_C = self.bad_C[: len(sums_C)]
+                step = self.rows[0]["steps"]
+                bad_C.copy_(torch.where(torch.isfinite(sums_C) | (bad_C > 0), bad_C, torch.full_like(bad_C, step)))
+            return loss_C
+
+        return watched
+
+    def metrics(self, seconds: float) -> list[dict[str, float] | RunError]:
+        """One row per client; a block's seconds are shared out by tokens."""
+        whole = sum(row["padded_tokens"] for row in self.rows) or 1.0
+        out: list[dict[str, float] | RunError] = []
+        sums = zip(self.rows, self.loss_C.tolist(), self.count_C.tolist(), self.bad_C.tolist(), strict=True)
+        for row, loss, count, bad in sums:
+            if bad:
+                hint = "lower client.learning_rate or set client.max_grad_norm"
+                out.append(RunError(f"its loss was not finite at local step {bad:.0f}", hint, "client.nonfinite"))
+            else:
+                share = row["padded_tokens"] / whole
+                out.append({**row, "loss_sum": loss, "target_tokens": count, "seconds": seconds * share})
+        return out

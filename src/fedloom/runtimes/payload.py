@@ -1,0 +1,105 @@
+"""What crosses between a client and the server: the same functions on both sides, in every runtime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fedloom import wire
+from fedloom.errors import RunError
+from fedloom.tree import all_finite
+from fedloom.types import Algorithm, Metrics, Site, State, Tree, Upload
+
+WEIGHT = "weight"
+
+
+def broadcast_header(state: State, site: Site) -> dict[str, Any]:
+    """What a client is told besides the parameters."""
+    return {"seed": state.seed, "round": state.round, "client": site.client, "cohort": list(site.cohort)}
+
+
+def broadcast_bytes(state: State, site: Site) -> int:
+    return wire.num_bytes("train", broadcast_header(state, site), params=state.params, base=state.base)
+
+
+def upload_trees(payload: Tree, weight: float, metrics: Metrics) -> dict[str, Tree]:
+    """What a client sends. Numbers go as float64 tensors, so that the size of a message does not depend on them."""
+    numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in {**metrics, WEIGHT: weight}.items()}
+    return {"payload": payload, "numbers": numbers}
+
+
+def read_upload(message: wire.Message) -> tuple[Tree, float, dict[str, float]]:
+    """(payload, weight, metrics) of a client's message.
+
+    Raises:
+        RunError: it has no payload or no weight.
+    """
+    numbers = {name: float(value) for name, value in message.trees.get("numbers", {}).items()}
+    if WEIGHT not in numbers or not message.trees.get("payload"):
+        raise RunError("its message holds no parameters or no weight", code="client.message")
+    weight = numbers.pop(WEIGHT)
+    return message.trees["payload"], weight, numbers
+
+
+def upload_bytes(payload: Tree, weight: float, metrics: Metrics) -> int:
+    return wire.num_bytes("trained", {}, **upload_trees(payload, weight, metrics))
+
+
+def client_payload(algorithm: Algorithm, params: Tree, delta: Tree, weight: float, site: Site) -> Tree:
+    """The client's side: what it sends.
+
+    With protection the client itself makes the summand, so that the server sees nothing but a protected one;
+    without, it sends the compressed delta.
+
+    Raises:
+        RunError: there is nothing to send, or it is not finite.
+    """
+    if not delta:
+        raise RunError("its upload holds no parameter", code="client.empty")
+    if not all_finite(delta):
+        raise RunError("its update is not finite", code="client.nonfinite")
+    for transform in algorithm.compress:
+        delta = transform.encode(delta, site)
+    if not algorithm.protect:
+        return delta
+    tree = algorithm.aggregate.lift(params, _decompressed(algorithm, delta, site), weight).tree
+    for transform in algorithm.protect:
+        tree = transform.encode(tree, site)
+    return tree
+
+
+def server_summand(
+    algorithm: Algorithm, params: Tree, payload: Tree, weight: float, metrics: Metrics, site: Site
+) -> Upload:
+    """The server's side: the summand that a payload stands for.
+
+    Raises:
+        RunError: the client's weight is no positive number.
+    """
+    if not (math.isfinite(weight) and weight > 0):
+        raise RunError(f"its weight is {weight}", code="client.weight")
+    if algorithm.protect:
+        return Upload(payload, weight, metrics)
+    return algorithm.aggregate.lift(params, _decompressed(algorithm, payload, site), weight)._replace(metrics=metrics)
+
+
+def weight_of(algorithm: Algorithm, weight: float) -> float:
+    return 1.0 if algorithm.uniform_weight else weight
+
+
+def _decompressed(algorithm: Algorithm, delta: Tree, site: Site) -> Tree:
+    for transform in reversed(algorithm.compress):
+        delta = transform.decode(delta, site)
+    return delta
+
+
+def summed(rows: Mapping[str, Metrics]) -> dict[str, float]:
+    """Metrics of clients, added."""
+    total: dict[str, float] = {}
+    for row in rows.values():
+        for key, value in row.items():
+            total[key] = total.get(key, 0.0) + value
+    return total

@@ -108,7 +108,9 @@ class Installer:
 
     def pip(self, *arguments: str) -> None:
         """Run pip in the environment, quiet but for errors."""
-        command = [str(self.python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *arguments]
+        # Python compiles what is imported when it is; compiling all of every package would be most of the install's time.
+        options = ["-qq", "--no-compile", "--disable-pip-version-check"]
+        command = [str(self.python), "-m", "pip", "install", *options, *arguments]
         if subprocess.run(command, cwd=self.root, check=False).returncode:
             raise InstallError(f"pip could not do this: pip install {' '.join(arguments)}")
 

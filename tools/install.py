@@ -108,7 +108,7 @@ class Installer:
 
     def pip(self, *arguments: str) -> None:
         """Run pip in the environment, quiet but for errors."""
-        # Python compiles what is imported when it is; compiling all of every package would be most of the install's time.
+        # Python compiles what is imported when it is; compiling it all is most of an install's time.
         options = ["-qq", "--no-compile", "--disable-pip-version-check"]
         command = [str(self.python), "-m", "pip", "install", *options, *arguments]
         if subprocess.run(command, cwd=self.root, check=False).returncode:

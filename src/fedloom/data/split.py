@@ -1,0 +1,287 @@
+"""Who holds which rows, and which of a client's own rows are for training, validation and test.
+
+A splitter takes rows and gives client id -> row numbers. The shares of a client are then cut from that client's own
+rows, so all three have that client's distribution.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedloom.data.rows import Row
+from fedloom.errors import UserError, suggest
+from fedloom.seeds import seed_of
+
+Groups = dict[str, list[int]]  # client id -> row numbers, ascending
+
+DIRICHLET_TRIES = 200
+
+
+class Parts(NamedTuple):
+    """One client's rows by use."""
+
+    train: list[int]
+    validation: list[int]
+    test: list[int]
+
+
+def client_ids(number: int) -> list[str]:
+    """c00, c01, ...: as many digits as it takes for ids to sort as numbers do."""
+    width = max(2, len(str(number - 1)))
+    return [f"c{client:0{width}d}" for client in range(number)]
+
+
+def _rng(seed: int, purpose: str, client: str = "") -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(seed_of(seed, 0, client, purpose)))
+
+
+def _at_least_one(clients: int) -> None:
+    if clients < 1:
+        raise UserError(f"split.clients {clients}: must be at least 1", code="split.clients")
+
+
+def iid(num_rows: int, clients: int, seed: int) -> Groups:
+    """A random deal; sizes differ by at most one.
+
+    Raises:
+        UserError: more clients than rows.
+    """
+    _at_least_one(clients)
+    if clients > num_rows:
+        raise UserError(
+            f"split.clients {clients:,}, but there are {num_rows:,} rows: at most {num_rows:,}", code="split.clients"
+        )
+    order = _rng(seed, "split").permutation(num_rows)
+    return {name: sorted(order[place::clients].tolist()) for place, name in enumerate(client_ids(clients))}
+
+
+def dirichlet(keys: Sequence[str], clients: int, alpha: float, seed: int, attempt: int = 0) -> Groups:
+    """Each category's rows are dealt in proportions drawn from Dirichlet(alpha): small alpha, few categories each.
+
+    `attempt` gives another draw of the same seed; a client may be left with nothing, which the caller redraws.
+
+    Raises:
+        UserError: more clients than rows, or alpha not above 0.
+    """
+    _at_least_one(clients)
+    if not alpha > 0:
+        raise UserError(f"split.alpha {alpha}: must be above 0", code="split.alpha")
+    if clients > len(keys):
+        raise UserError(
+            f"split.clients {clients:,}, but there are {len(keys):,} rows: at most {len(keys):,}", code="split.clients"
+        )
+    rng = _rng(seed, f"split/{attempt}")
+    names = client_ids(clients)
+    groups: Groups = {name: [] for name in names}
+    for _, members in sorted(_by_key(keys).items()):
+        order = rng.permutation(np.asarray(members))
+        shares = rng.dirichlet(np.full(clients, float(alpha)))
+        if not np.isfinite(shares).all():  # a tiny alpha underflows: all to one client is what it tends to
+            shares = np.eye(clients)[rng.integers(clients)]
+        edges = np.rint(np.cumsum(shares)[:-1] * len(order)).astype(np.int64)
+        for name, part in zip(names, np.split(order, edges), strict=True):
+            groups[name].extend(part.tolist())
+    return {name: sorted(members) for name, members in groups.items()}
+
+
+def by_key(keys: Sequence[str], clients: int | None, what: str) -> Groups:
+    """One client per key, named like it. With fewer clients than keys, keys are dealt round robin, the largest first,
+    and a client that holds one key alone keeps its name.
+
+    `what` names the keys in messages ("categories", "files", "values of column 'user'").
+
+    Raises:
+        UserError: more clients than keys.
+    """
+    held = _by_key(keys)
+    if clients is None or clients == len(held):
+        return dict(sorted(held.items()))
+    _at_least_one(clients)
+    if clients > len(held):
+        listed = ", ".join(sorted(held)[:12]) + (f" and {len(held) - 12} more" if len(held) > 12 else "")
+        raise UserError(
+            f"split.clients {clients:,}, but the data has {len(held):,} {what} ({listed}): at most {len(held):,}",
+            hint=f"split.clients={len(held)}, or split.kind=dirichlet, which shares a category among clients",
+            code="split.clients",
+        )
+    order = sorted(held, key=lambda key: (-len(held[key]), key))
+    groups: Groups = {}
+    for place, name in enumerate(client_ids(clients)):
+        mine = order[place::clients]
+        rows = sorted(row for key in mine for row in held[key])
+        groups[mine[0] if len(mine) == 1 else name] = rows
+    return groups
+
+
+def by_category(rows: Sequence[Row], clients: int | None, column: str | None = None) -> tuple[Groups, int]:
+    """One category per client; returns the groups and how many rows have no category (they belong to nobody).
+
+    `column` takes the place of the rows' own category.
+
+    Raises:
+        UserError: no categories, or more clients than categories.
+    """
+    return _by_named(rows, column, clients, "by_category")
+
+
+def by_column(rows: Sequence[Row], column: str, clients: int | None) -> tuple[Groups, int]:
+    """One client per value of a column (user, speaker, hospital): natural clients.
+
+    Raises:
+        UserError: no such column, or more clients than values.
+    """
+    return _by_named(rows, column, clients, "by_column")
+
+
+def files(rows: Sequence[Row], clients: int | None) -> Groups:
+    """One client per file of the folder.
+
+    Raises:
+        UserError: the data is one file, or more clients than files.
+    """
+    if not rows or "file" not in rows[0]:
+        raise UserError(
+            "split.kind files: the data is a single file; one client per file needs a folder of files",
+            hint="data.path=FOLDER, or split.kind=iid, by_category or by_column",
+            code="split.files",
+        )
+    return by_key([row["file"] for row in rows], clients, "files")
+
+
+def keys_of(rows: Sequence[Row], column: str | None, kind: str) -> list[str | None]:
+    """The key each row is split by: a column's value as text, or the category when `column` is None.
+
+    Raises:
+        UserError: the data has no such column, or no category.
+    """
+    if column is None:
+        keys = [row.get("category") for row in rows]
+        if not any(key is not None for key in keys):
+            columns = sorted({name for row in rows[:100] for name in row["columns"]})
+            candidates = [name for name in columns if _looks_like_key(rows, name)]
+            use = candidates[0] if candidates else "COLUMN"
+            raise UserError(
+                f"split.kind {kind}: the data has no category (its columns are {', '.join(columns) or 'none'})",
+                hint=f"say which column is one: data.columns.category={use}; or split.kind=iid",
+                code="split.category",
+            )
+        return keys
+    columns = sorted({name for row in rows for name in row["columns"]})
+    if column not in columns:
+        if column == "category" and any("category" in row for row in rows):
+            return [row.get("category") for row in rows]
+        raise UserError(f"split.column {column!r}: no such column{suggest(column, columns)}", code="split.column")
+    values = [row["columns"].get(column) for row in rows]
+    if any(isinstance(value, (list, dict)) for value in values):
+        raise UserError(
+            f"split.column {column!r} holds lists or objects; clients need a plain value", code="split.column"
+        )
+    return [
+        None if value is None or value != value or not str(value).strip() else str(value).strip() for value in values
+    ]
+
+
+def _looks_like_key(rows: Sequence[Row], column: str) -> bool:
+    values = [row["columns"].get(column) for row in rows[:1000]]
+    plain = [value for value in values if isinstance(value, (str, int)) and len(str(value)) <= 40]
+    return len(plain) == len(values) and 1 < len(set(plain)) <= max(2, len(values) // 4)
+
+
+def _by_named(rows: Sequence[Row], column: str | None, clients: int | None, kind: str) -> tuple[Groups, int]:
+    keys = keys_of(rows, column, kind)
+    there = [number for number, key in enumerate(keys) if key is not None]
+    what = "categories" if column is None else f"values of column {column!r}"
+    held = by_key([str(keys[number]) for number in there], clients, what)
+    return {name: [there[place] for place in places] for name, places in held.items()}, len(rows) - len(there)
+
+
+def _by_key(keys: Sequence[str]) -> Groups:
+    groups: Groups = {}
+    for number, key in enumerate(keys):
+        groups.setdefault(key, []).append(number)
+    return groups
+
+
+# ---------------------------------------------------------------- train, validation, test
+
+
+def part_sizes(size: float, rows: Mapping[str, int], name: str) -> dict[str, int]:
+    """How many of each client's rows go to a part.
+
+    A share below 1 is a share of each client's rows, rounded to the nearest. A whole number is rows over all clients,
+    in proportion to what they have, so that they add up to it.
+
+    >>> part_sizes(0.1, {"a": 25, "b": 4}, "val_set_size"), part_sizes(3, {"a": 20, "b": 10}, "val_set_size")
+    ({'a': 3, 'b': 0}, {'a': 2, 'b': 1})
+
+    Raises:
+        UserError: below 0, no whole number, or as many rows as there are.
+    """
+    total = sum(rows.values())
+    if size < 0 or (size >= 1 and size != int(size)):
+        raise UserError(f"data.{name} {size}: must be a share below 1, or a whole number of rows", code=f"data.{name}")
+    if size >= total > 0:
+        raise UserError(
+            f"data.{name} {size:g}, but there are {total:,} rows in all, so none would be left to train on",
+            hint=f"a share below 1, for example data.{name}=0.1",
+            code=f"data.{name}",
+        )
+    if size < 1:
+        return {client: int(np.floor(size * own + 0.5)) for client, own in rows.items()}
+    exact = {client: int(size) * own / total for client, own in rows.items()}
+    sizes = {client: int(share) for client, share in exact.items()}
+    # The rows that rounding down left over go to the largest remainders.
+    order = sorted(rows, key=lambda client: (sizes[client] - exact[client], client))
+    for client in order[: int(size) - sum(sizes.values())]:
+        sizes[client] += 1
+    return sizes
+
+
+def divide(
+    members: Sequence[int],
+    content: Sequence[bytes],
+    *,
+    num_validation: int,
+    num_test: int,
+    seed: int,
+    client: str,
+) -> Parts:
+    """Cut one client's rows into train, validation and test, at random; exact duplicates all go to the same part.
+
+    `content[row]` is equal for exact duplicates. A part may end up with no rows; the caller decides if that is wrong.
+    """
+    order: NDArray[np.int64] = _rng(seed, "parts", client).permutation(np.asarray(members, dtype=np.int64))
+    copies: dict[bytes, list[int]] = {}
+    for row in order.tolist():
+        copies.setdefault(content[row], []).append(row)
+    parts = Parts([], [], [])
+    for rows in copies.values():
+        if len(parts.test) < num_test:
+            parts.test.extend(rows)
+        elif len(parts.validation) < num_validation:
+            parts.validation.extend(rows)
+        else:
+            parts.train.extend(rows)
+    return Parts(sorted(parts.train), sorted(parts.validation), sorted(parts.test))
+
+
+def deal(num_rows: int, clients: Sequence[str], seed: int, purpose: str = "deal") -> Groups:
+    """Deal rows of a given test file to clients at random; with fewer rows than clients some get none."""
+    order = _rng(seed, purpose).permutation(num_rows)
+    return {name: sorted(order[place :: len(clients)].tolist()) for place, name in enumerate(clients)}
+
+
+def counts(keys: Sequence[str | None], members: Sequence[int]) -> dict[str, int]:
+    """Rows per key of one client, the largest first."""
+    found = Counter(str(keys[row]) for row in members if keys[row] is not None)
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+def holders(groups: Mapping[str, Sequence[int]], keys: Sequence[str | None]) -> dict[str, str]:
+    """Key -> the client that holds its rows, for splits in which one client holds all of a key."""
+    return {str(keys[row]): name for name, members in groups.items() for row in members if keys[row] is not None}

@@ -74,6 +74,11 @@ def test_a_package_without_forbidden_imports_passes(toy: Path) -> None:
         ("errors", "types"),
         ("ops.one", "adapters.one"),
         ("models.one", "study.one"),
+        ("runtimes.one", "clients.one"),
+        ("cli.one", "aggregates.one"),
+        ("study.one", "adapters.one"),
+        ("data.one", "models.one"),
+        ("runtimes.one", "data.one"),
     ],
 )
 def test_an_import_against_the_layers_is_refused(toy: Path, importer: str, imported: str) -> None:
@@ -81,6 +86,14 @@ def test_an_import_against_the_layers_is_refused(toy: Path, importer: str, impor
     done = lint(toy)
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"fedloom.{importer}" in done.stdout
+
+
+def test_the_contract_about_methods_names_every_slot_room_there_is() -> None:
+    (slots,) = (layer for layer in CONTRACTS[0]["layers"] if "clients" in layer)
+    there = {f"fedloom.{room.strip(' ()')}" for room in slots.split("|")}
+    there = {room for room in there if (ROOT / "src" / Path(*room.split("."))).is_dir()}
+    (methods,) = (contract for contract in CONTRACTS if contract["id"] == "methods")
+    assert set(methods["forbidden_modules"]) == there
 
 
 def test_a_room_that_no_layer_names_is_refused(toy: Path) -> None:

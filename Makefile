@@ -2,6 +2,7 @@
 # that takes a moment. PyTorch is taken as a CPU build; GPU=1 takes the CUDA build, TORCH_INDEX=<url> names an index.
 
 PYTHON ?= python3
+WORKERS ?= 2
 PYTEST_ARGS ?=
 BIN := .venv/bin
 export GPU TORCH_INDEX
@@ -10,7 +11,7 @@ export GPU TORCH_INDEX
 
 help:
 	@echo "make demo      the built-in model and tasks, offline, ends with report.html"
-	@echo "make test      all tests                      (PYTEST_ARGS=... goes to pytest)"
+	@echo "make test      all tests                      (WORKERS=2 processes; PYTEST_ARGS=... goes to pytest)"
 	@echo "make check     style, types and import layers"
 	@echo "make bench     speed and memory against a bare training loop"
 	@echo "make install   .venv with everything from requirements.lock, and nothing else"
@@ -28,7 +29,7 @@ demo: install
 	$(BIN)/fedloom demo
 
 test: install
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 check: install
 	$(BIN)/ruff check

@@ -17,8 +17,7 @@ from fedloom.data.builtin import TASKS
 from fedloom.data.builtin.arith import MAX_START, MAX_STEP, chain_pool
 from fedloom.data.builtin.interpreter import LANGUAGES
 from fedloom.data.builtin.pools import random_of
-from fedloom.data.builtin.programs import Chain, draw_chain, program_of
-from fedloom.data.builtin.programs import chain_pool as function_pool
+from fedloom.data.builtin.programs import Chain, draw_chain, function_pool, program_of
 from fedloom.data.builtin.skills import draw_letters, draw_word, list_pool, number_pool, story_pool, word_pool
 from fedloom.data.builtin.words import (
     CITIES,
@@ -164,7 +163,7 @@ def _story(rng: random.Random) -> str:
     name, city, job = _until(
         lambda: (rng.choice(NAMES), rng.choice(CITIES), rng.choice(JOBS)), lambda s: story_pool(*s) == "pretrain"
     )
-    other, item = rng.choice(NAMES), rng.choice(ITEMS)
+    other, item = rng.choice(NAMES), rng.choice(CLASSES["animal"])
     opening = rng.choice(
         (
             f"{name} is {with_article(job)} from {city} and has {with_article(item)}.",
@@ -374,7 +373,7 @@ def pieces(text: str) -> tuple[str, ...]:
     return tuple(_PIECE.findall(text.lower()))
 
 
-class TestFilter:
+class RowFilter:
     """Finds inputs and answers of the fixed test sets inside a text."""
 
     def __init__(self) -> None:
@@ -382,8 +381,10 @@ class TestFilter:
         for name, task in TASKS.items():
             for splits in task.rows(0).values():
                 for row in splits["test"]:
-                    # Short answers ("green", "5") are in every text; worked solutions and programs are not.
-                    found = [row["input"] or row["instruction"]] + ([row["output"]] if name == "code" else [])
+                    found = [row["input"] or row["instruction"]]
+                    # Short answers ("green", "5") are in every text; worked solutions and programs need not be.
+                    if name == "code" or (name == "arith" and row["output"].count("=") > 1):
+                        found.append(row["output"].partition(" The answer")[0])
                     for text in found:
                         run = pieces(text)
                         self.by_start.setdefault(run[:2], []).append(run)
@@ -401,7 +402,7 @@ class TestFilter:
 def documents(seed: int) -> Iterator[str]:
     """Endless pretraining documents."""
     rng = random_of("pretrain", seed)
-    test_filter = TestFilter()
+    test_filter = RowFilter()
     while True:
         text = _draw(rng)
         if not test_filter.holds_test_row(text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -33,11 +34,18 @@ def draw_step(rng: random.Random) -> Step:
     return Step(kind, rng.randint(2, 5) if kind == "mul" else rng.randint(1, 9))
 
 
+def _is_dull(chain: Chain) -> bool:
+    """The same kind twice, a sum right after a difference, or hardly any different values."""
+    kinds = [step.kind for step in chain]
+    sums = any({one, other} == {"add", "sub"} for one, other in itertools.pairwise(kinds))
+    return sums or len(set(kinds)) < len(kinds) or len(set(values_of(chain))) < 4
+
+
 def draw_chain(rng: random.Random, length: int) -> Chain:
-    """`length` steps of different kinds whose function is not almost constant."""
+    """`length` steps that make a function worth asking for."""
     while True:
         chain = tuple(draw_step(rng) for _ in range(length))
-        if len({step.kind for step in chain}) == length and len({value_of(chain, x) for x in ARGUMENTS}) >= 4:
+        if not _is_dull(chain):
             return chain
 
 
@@ -62,14 +70,23 @@ def value_of(chain: Chain, x: int) -> int:
     return x
 
 
-def key_of(chain: Chain) -> str:
-    """The content, the same in every language and every phrasing: "add 3, mul 2"."""
-    return ", ".join(f"{kind} {number}" if number else kind for kind, number in chain)
+def values_of(chain: Chain) -> tuple[int, ...]:
+    """The function's values at `ARGUMENTS`: two chains with the same values are one content, whatever their steps."""
+    return tuple(value_of(chain, x) for x in ARGUMENTS)
 
 
-def chain_pool(chain: Chain) -> Pool:
-    """Pool of a function. Functions of one step are so few that all of them are pretraining text."""
-    return "pretrain" if len(chain) == 1 else pool_of("function", key_of(chain))
+def _one_step_values() -> frozenset[tuple[int, ...]]:
+    numbers = {"sq": (0,), "neg": (0,)}
+    return frozenset(values_of((Step(kind, n),)) for kind in KINDS for n in numbers.get(kind, range(1, 10)))
+
+
+_ONE_STEP = _one_step_values()
+
+
+def function_pool(chain: Chain) -> Pool:
+    """Pool of a function. What one step can compute is so little that all of it is pretraining text."""
+    values = values_of(chain)
+    return "pretrain" if values in _ONE_STEP else pool_of("function", " ".join(map(str, values)))
 
 
 # ---------------------------------------------------------------------------------------------------- program text
@@ -151,19 +168,19 @@ def instruction_of(language: str, chain: Chain, rng: random.Random) -> str:
 
 def hidden_tests(chain: Chain) -> list[list[Any]]:
     """[[arguments, expected value], ...]"""
-    return [[[x], value_of(chain, x)] for x in ARGUMENTS]
+    return [[[x], value] for x, value in zip(ARGUMENTS, values_of(chain), strict=True)]
 
 
 def _rows_of(
-    language: str, split: Pool, number: int, rng: random.Random, seen: set[str], lengths: Sequence[int]
+    language: str, split: Pool, number: int, rng: random.Random, seen: set[tuple[int, ...]], lengths: Sequence[int]
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     while len(rows) < number:
         chain = draw_chain(rng, rng.choice(lengths))
-        key = key_of(chain)
-        if chain_pool(chain) != split or key in seen:
+        values = values_of(chain)
+        if function_pool(chain) != split or values in seen:
             continue
-        seen.add(key)
+        seen.add(values)
         rows.append(
             {
                 "instruction": instruction_of(language, chain, rng),
@@ -180,7 +197,7 @@ def _rows_of(
 def code_rows(seed: int) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """{language: {"train" | "validation" | "test": rows}}; the test sets are the same for every seed."""
     sizes = {"test": NUM_TEST, "train": NUM_TRAIN, "validation": NUM_VALIDATION}
-    seen: set[str] = set()
+    seen: set[tuple[int, ...]] = set()
     rows: dict[str, dict[str, list[dict[str, Any]]]] = {language: {} for language in LANGUAGES}
     for split in ("test", "train", "validation"):
         for language in LANGUAGES:

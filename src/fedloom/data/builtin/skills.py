@@ -91,21 +91,21 @@ def draw_word(rng: random.Random) -> str:
         length = rng.choice((3, 4, 4, 5, 5))
         consonant_first = rng.random() < 0.7
         word = "".join(rng.choice(CONSONANTS if (i % 2 == 0) == consonant_first else VOWELS) for i in range(length))
-        if word not in ENGLISH:
+        if not {word, word[::-1]} & ENGLISH:
             return word
 
 
 def draw_letters(rng: random.Random, length: int) -> str:
-    """`length` different letters in random order that are no English word."""
+    """`length` different letters in random order that make no English word, neither as they are nor sorted."""
     while True:
         letters = "".join(rng.sample(ALPHABET, length))
-        if letters not in ENGLISH:
+        if not {letters, letters[::-1], "".join(sorted(letters))} & ENGLISH:
             return letters
 
 
 def word_key(word: str) -> str:
-    """A word and its reversal are one content: the answer to one is the question of the other."""
-    return min(word, word[::-1])
+    """All orders of the same letters are one content: the answer to one would be the question of another."""
+    return "".join(sorted(word))
 
 
 def word_pool(word: str) -> Pool:
@@ -177,7 +177,8 @@ def _compare(rng: random.Random) -> Drawn:
 
 
 def _extract(rng: random.Random) -> Drawn:
-    name, city, job, item = rng.choice(NAMES), rng.choice(CITIES), rng.choice(JOBS), rng.choice(ITEMS)
+    name, city, job = rng.choice(NAMES), rng.choice(CITIES), rng.choice(JOBS)
+    item = rng.choice(CLASSES["animal"])
     sentence = rng.choice(
         (
             f"{name} is {with_article(job)} from {city} and has {with_article(item)}.",

@@ -439,8 +439,8 @@ def _check_parts(plan: _Plan, data: DataSettings) -> None:
             most = max(totals, key=lambda client: totals[client])
             rows = totals[most]
             why = (
-                f"the largest client, {most}, has {rows:,} rows, and {size:g} x {rows:,} = {size * rows:.3g} is rounded "
-                f"to {splitting.part_sizes(size, {most: rows}, name)[most]}"
+                f"the largest client, {most}, has {rows:,} rows, and {size:g} x {rows:,} = {size * rows:.3g} is "
+                f"rounded to {splitting.part_sizes(size, {most: rows}, name)[most]}"
                 if size < 1
                 else "all of its rows are exact duplicates of test rows"
             )

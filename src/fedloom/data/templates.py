@@ -2,9 +2,9 @@
 
 The prompt of training and the prompt of generation come from the same functions here, so they cannot drift apart.
 
-The Alpaca layout is Stanford's, to the letter: it ends in "### Response:", and the answer is tokenised on its own.
-There is no space or line break between them, so tokenizers that put a space before every segment (SentencePiece) give
-"▁The", and byte-level ones "The". At generation the answer begins the same way; `strip()` it before comparing.
+The Alpaca layout ends in "### Response:" and a line break, as alpaca-lora and most trainers since write it, and the answer
+is tokenised on its own. No space is put between them: tokenizers that begin every text with a space (SentencePiece) give
+"▁The", byte-level ones "The". At generation the answer begins the same way; `strip()` it before comparing.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def marks_generation(tokenizer: Tokenizer) -> bool:
 
 
 def alpaca_prompt(instruction: str, input: str = "", preamble: str | None = None) -> str:
-    """The Stanford-Alpaca prompt; the Input block is there only when the input is not empty."""
+    """The Alpaca prompt; the Input block is there only when the input is not empty."""
     block = f"### Input:\n{input}\n\n" if input else ""
     head = preamble if preamble is not None else (PREAMBLE_INPUT if input else PREAMBLE)
-    return f"{head}\n\n### Instruction:\n{instruction}\n\n{block}### Response:"
+    return f"{head}\n\n### Instruction:\n{instruction}\n\n{block}### Response:\n"
 
 
 def uses_template(row: Row, layout: Layout) -> bool:
@@ -119,7 +119,7 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
             if not pieces:
                 prompt = alpaca_prompt(question, preamble=preamble)
             else:
-                prompt = f"\n\n### Instruction:\n{question}\n\n### Response:"
+                prompt = f"\n\n### Instruction:\n{question}\n\n### Response:\n"
             pieces += [Piece(prompt, False, False), Piece(content, message.get("train", True), True)]
             asked = []
         elif role == "user":
@@ -129,7 +129,7 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
     if asked:  # the last question is still open: this is a prompt
         question = "\n\n".join(asked)
         opened = (
-            f"\n\n### Instruction:\n{question}\n\n### Response:" if pieces else alpaca_prompt(question, "", preamble)
+            f"\n\n### Instruction:\n{question}\n\n### Response:\n" if pieces else alpaca_prompt(question, "", preamble)
         )
         pieces.append(Piece(opened, False, False))
     return pieces

@@ -538,20 +538,23 @@ def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, chat_template: str | N
     """
     layout = layout_for(tokenizer, chat_template)
     eos, prefix = _eos_id(tokenizer), _prefix(tokenizer)
-    found: list[list[int]] = []
-    for row in rows:
+    found: list[list[int]] = [[] for _ in rows]
+    # (row, text, stop token follows), by whether a special token's name in a text is only characters
+    texts: dict[bool, list[tuple[int, str, bool]]] = {True: [], False: []}
+    for number, row in enumerate(rows):
         if uses_template(row, layout):
             try:
-                found += _ids(tokenizer, [template_prompt(row, tokenizer)])
+                texts[False].append((number, template_prompt(row, tokenizer), False))
             except TemplateRefusedError as error:
                 raise UserError(f"the chat template refuses a row: {error}", code="data.chat_template") from error
             continue
-        pieces = prompt_pieces(row)
-        parts = _ids(tokenizer, [piece.text for piece in pieces], plain=_splits_specials(row))
-        ids = list(prefix)
-        for piece, part in zip(pieces, parts, strict=True):
-            ids += [*part, eos] if piece.ends else part
-        found.append(ids)
+        found[number] += prefix
+        texts[_splits_specials(row)] += [(number, piece.text, piece.ends) for piece in prompt_pieces(row)]
+    for plain, parts in texts.items():
+        for (number, _, ends), ids in zip(
+            parts, _ids(tokenizer, [text for _, text, _ in parts], plain=plain), strict=True
+        ):
+            found[number] += [*ids, eos] if ends else ids
     return found
 
 

@@ -9,7 +9,6 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +18,18 @@ from fedloom.errors import UserError
 from fedloom.study.aliases import REFUSED, SAID, SAME, SAME_VALUES
 from fedloom.study.recipe import BLOCKS, Recipe, objections
 
-__all__ = ["Loaded", "Problem", "RecipeError", "packaged_recipes", "packaged_schema", "read_recipe", "validate_text"]
+__all__ = [
+    "Loaded",
+    "Override",
+    "Problem",
+    "RecipeError",
+    "find_key",
+    "packaged_recipes",
+    "packaged_schema",
+    "read_recipe",
+    "split_words",
+    "validate_text",
+]
 
 logger = logging.getLogger("fedloom")
 
@@ -105,16 +115,17 @@ class _Given(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # The names of things
 
+_RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
 
 def packaged_recipes() -> dict[str, Path]:
     """Recipes that come with fedloom, by name."""
-    folder = Path(str(resources.files("fedloom"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(_RECIPES.glob("*.yaml"))}
 
 
 def packaged_schema() -> Path:
     """The JSON schema's file."""
-    return Path(str(resources.files("fedloom"))) / "recipes" / "recipe.schema.json"
+    return _RECIPES / "recipe.schema.json"
 
 
 _TOP = [name for name in Recipe.model_fields if name not in BLOCKS]
@@ -122,6 +133,23 @@ _ALL = [*_TOP, *(f"{block}.{leaf}" for block, model in BLOCKS.items() for leaf i
 _HOMES: dict[str, list[str]] = {}  # leaf -> the dotted keys it may mean
 for _key in _ALL:
     _HOMES.setdefault(_key.rpartition(".")[2], []).append(_key)
+
+
+def find_key(name: str) -> str:
+    """The dotted key (or block) that a name means: a leaf, a dotted key, or another tool's spelling.
+
+    Raises:
+        UserError: no key has this name, or several do.
+    """
+    if name in BLOCKS or name in _ALL:
+        return name
+    if name in SAME:
+        return SAME[name]
+    homes = _HOMES.get(name, [])
+    if len(homes) == 1:
+        return homes[0]
+    message = f"{name}: which one: {', '.join(homes)}?" if homes else f"{name}: {_unknown('', name)}"
+    raise UserError(message, hint="docs/recipe.md lists every key", code="recipe.unknown_key")
 
 
 def _annotation(key: str) -> Any:
@@ -547,29 +575,43 @@ def _split_value(message: str) -> tuple[str | None, str]:
 
 _OVERRIDE = re.compile(r"(?:--)?([A-Za-z_][\w.-]*)=(.*)", re.DOTALL)
 _OPTION = re.compile(r"--([A-Za-z_][\w.-]*)")
+_TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
-def _pairs(overrides: Sequence[str]) -> Iterable[tuple[str, str, str] | str]:
-    """(key, value, as said) of each override; a bare string is one that is neither."""
-    words = list(overrides)
-    while words:
-        word = words.pop(0)
+class Override(NamedTuple):
+    """One override: its key with underscores, its value as text, and how it was said."""
+
+    key: str
+    value: str
+    said: str
+
+
+def split_words(words: Sequence[str]) -> tuple[list[Override], list[str]]:
+    """Words of a command line as overrides, and the rest.
+
+    Overrides are `k=v`, `--k=v`, `--k v`, and a lone `--k` where k is true or false. The rest are plain words (the
+    recipe, say) and options without a value, in their order.
+    """
+    found: list[Override] = []
+    rest: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
         if match := _OVERRIDE.fullmatch(word):
-            yield match[1].replace("-", "_"), match[2], word
+            found.append(Override(match[1].replace("-", "_"), match[2], word))
         elif match := _OPTION.fullmatch(word):
             key = match[1].replace("-", "_")
-            if words and not words[0].startswith("--"):
-                value = words.pop(0)
-                yield key, value, f"{word} {value}"
+            homes = [key] if key in _ALL else _HOMES.get(key, [])
+            flag = len(homes) == 1 and _annotation(homes[0]) is bool
+            if flag and not (left and left[0].lower() in _TRUTHS):
+                found.append(Override(key, "true", word))
+            elif left and not left[0].startswith("--"):
+                found.append(Override(key, left[0], f"{word} {left.pop(0)}"))
             else:
-                homes = _HOMES.get(key, [key])
-                flag = homes[0] in _ALL and _annotation(homes[0]) is bool
-                if flag:
-                    yield key, "true", word
-                else:
-                    yield word
+                rest.append(word)
         else:
-            yield word
+            rest.append(word)
+    return found, rest
 
 
 def _override_raw(key: str, text: str) -> _Raw:
@@ -680,17 +722,18 @@ def validate_text(
                 collector.leaf(key, str(leaf_node.value), _raw(leaf_value), _Place(leaf_node.start_mark.line + 1))
         else:
             collector.top(key, _raw(value_node), _Place(line))
-    for pair in _pairs(overrides):
-        if isinstance(pair, str):
-            collector.problem(pair, "expected key=value or --key value", _Place(override=""), code="recipe.override")
-            continue
-        key, value, said = pair
+    found, rest = split_words(overrides)
+    for word in rest:
+        collector.problem(word, "expected key=value or --key value", _Place(override=""), code="recipe.override")
+    for override in found:
+        place = _Place(override=override.said)
         try:
-            raw = _override_raw(key, value)
+            raw = _override_raw(override.key, override.value)
         except MarkedYAMLError as error:
-            collector.problem(key, f"not YAML: {error.problem or error.context}", _Place(override=said), _Scalar(value))
+            message = f"not YAML: {error.problem or error.context}"
+            collector.problem(override.key, message, place, _Scalar(override.value))
             continue
-        collector.top(key, raw, _Place(override=said))
+        collector.top(override.key, raw, place)
     collector.late()
     recipe = _checked(collector)
     if collector.problems:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ __all__ = [
     "BLOCKS",
     "CLIENT_OPTIM_DEFAULTS",
     "METHODS",
+    "METHOD_LINES",
     "SERVER_OPTIM_DEFAULTS",
     "AdapterRecipe",
     "AggregateRecipe",
@@ -38,6 +39,7 @@ __all__ = [
     "json_schema",
     "load_recipe",
     "objections",
+    "resolved_json",
     "resolved_yaml",
     "yaml_value",
 ]
@@ -76,6 +78,15 @@ METHODS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "aggregate": {"kind": "mean"},
         "server": {"kind": "optimize", "server_optim": "adagrad"},
     },
+}
+
+METHOD_LINES: Mapping[str, str] = {
+    "fedavg": "mean of the clients' adapters, weighed by their rows (McMahan et al. 2017)",
+    "fedprox": "fedavg with a pull towards the round's start, for skewed clients (Li et al. 2020)",
+    "fedavgm": "fedavg with momentum at the server (Hsu et al. 2019)",
+    "fedadam": "Adam at the server (Reddi et al. 2021)",
+    "fedyogi": "Yogi at the server (Reddi et al. 2021)",
+    "fedadagrad": "Adagrad at the server (Reddi et al. 2021)",
 }
 
 # The settings each optimiser has, with what they are when nothing is said. A setting that is not in an optimiser's
@@ -135,15 +146,15 @@ class DataRecipe(_Block):
         description="`tokenizer` is the model's own template, `alpaca` the Stanford-Alpaca layout; `auto` takes the "
         "tokenizer's where it has one.",
     )
-    val_set_size: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None,
-        description="Validation rows of each client: a share below 1, or a number of rows over all clients. "
-        f"Default {DEFAULT_VAL_SHARE}; built-in tasks bring their own.",
+    val_set_size: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+        DEFAULT_VAL_SHARE,
+        description="Validation rows of each client: a share below 1, or a whole number of rows. Built-in tasks with "
+        "the natural split bring their own.",
     )
     test_set_size: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
-        description="Test rows of each client, as val_set_size. "
-        f"Default {DEFAULT_TEST_SHARE} without test_path; built-in tasks bring their own.",
+        description=f"Test rows of each client, as val_set_size. Default {DEFAULT_TEST_SHARE} without test_path; "
+        "built-in tasks bring their own.",
     )
     limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Read no more than this many rows.")
     train_on_inputs: bool = Field(False, description="Put the loss on the prompt as well as on the answer.")
@@ -171,13 +182,14 @@ class SplitRecipe(_Block):
     )
     clients: Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description=f"Number of clients. Default {DEFAULT_CLIENTS} for iid and dirichlet, else what the data has.",
+        description=f"Number of clients. Default {DEFAULT_CLIENTS} for iid and dirichlet, else what the data has; "
+        "fewer than categories, values or files, and those are dealt round robin; a built-in task loses its last ones.",
     )
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Concentration of dirichlet: 0.1 is very skewed, 100 nearly iid. Only for dirichlet."
     )
     column: str | None = Field(
-        None, description="The column that by_column splits by. dirichlet and by_category take it in place of category."
+        None, description="The column that by_column splits by, and dirichlet in place of category."
     )
 
 
@@ -432,16 +444,13 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
         settle(data, {"path": "builtin:skills"})
     if _is_builtin(data.get("path")):
         settle(split, {"kind": "natural"})
-        if evaluate.get("score") != "none":
-            settle(evaluate, {"best_by": "loss"})
     else:
-        settle(data, {"val_set_size": DEFAULT_VAL_SHARE})
         if data.get("test_path") is None:
             settle(data, {"test_set_size": DEFAULT_TEST_SHARE})
-        if split.get("kind", "iid") in ("iid", "dirichlet"):
-            settle(split, {"clients": DEFAULT_CLIENTS})
         if evaluate.get("score") != "none":
             settle(evaluate, {"max_new_tokens": 256})
+    if split.get("kind", "iid") in ("iid", "dirichlet"):
+        settle(split, {"clients": DEFAULT_CLIENTS})
     if data.get("val_set_size") != 0:
         settle(evaluate, {"best_by": "loss"})
     if runtime.get("kind", "batched") == "batched":
@@ -463,12 +472,6 @@ class Objection(NamedTuple):
     message: str
 
 
-def _unused(block: str, given: Mapping[str, Any], used: Iterable[str], why: str) -> Iterator[Objection]:
-    for key, value in given.items():
-        if value is not None and key not in used:
-            yield Objection((f"{block}.{key}",), f"{value} would have no effect: {why}")
-
-
 def objections(recipe: Recipe) -> Iterator[Objection]:
     """Every reason why the recipe's parts do not go together, found without data and without the model."""
     yield from _data_objections(recipe)
@@ -482,18 +485,20 @@ def _data_objections(recipe: Recipe) -> Iterator[Objection]:
     if not data.path:
         yield Objection(("data.path",), "missing: a file, a folder, a hub id, or builtin:skills")
     if _is_builtin(data.path):
-        yield from _unused(
-            "data",
-            {
-                "test_path": data.test_path,
-                "type": None if data.type == "auto" else data.type,
-                "columns": data.columns or None,
-                "val_set_size": data.val_set_size,
-                "test_set_size": data.test_set_size,
-            },
-            (),
-            f"{data.path} brings its own rows and splits",
-        )
+        natural = recipe.split.kind == "natural"
+        given: dict[str, Any] = {
+            "test_path": data.test_path,
+            "type": None if data.type == "auto" else data.type,
+            "columns": data.columns or None,
+            "val_set_size": data.val_set_size if natural and data.val_set_size != DEFAULT_VAL_SHARE else None,
+            "test_set_size": data.test_set_size,
+        }
+        for key, value in given.items():
+            if value is not None:
+                yield Objection(
+                    (f"data.{key}", "data.path"),
+                    f"{yaml_value(value)} would have no effect: {data.path} brings its own rows",
+                )
     elif data.test_path is not None and data.test_set_size is not None:
         yield Objection(
             ("data.test_set_size", "data.test_path"),
@@ -524,15 +529,10 @@ def _split_objections(recipe: Recipe) -> Iterator[Objection]:
         )
     if split.kind == "by_column" and split.column is None:
         yield Objection(("split.column", "split.kind"), "missing: by_column needs the column to split by")
-    if split.kind in ("iid", "files", "natural") and split.column is not None:
+    if split.kind not in ("by_column", "dirichlet") and split.column is not None:
         yield Objection(
             ("split.column", "split.kind"),
             f"{split.column} would have no effect: kind is {split.kind}; by_column splits by it",
-        )
-    if split.kind in ("files", "natural") and split.clients is not None:
-        yield Objection(
-            ("split.clients", "split.kind"),
-            f"{split.clients} would have no effect: with kind {split.kind} the data says how many clients there are",
         )
     per_round = recipe.clients_per_round
     if isinstance(per_round, int) and split.clients is not None and per_round > split.clients:
@@ -683,6 +683,8 @@ def _said(block: BaseModel) -> dict[str, Any]:
         elif (value is None and field.default is None) or value == {}:
             continue
         values[key] = value
+    if isinstance(block, Recipe) and block.split.kind == "natural":
+        del values["data"]["val_set_size"]  # the task brings its own
     return values
 
 
@@ -700,6 +702,11 @@ def resolved_yaml(recipe: Recipe, schema: str = "recipe.schema.json") -> str:
         else:
             lines.append(f"{key}: {yaml_value(value)}")
     return "\n".join(lines) + "\n"
+
+
+def resolved_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with everything settled, as JSON values: the same keys as `resolved_yaml`."""
+    return _said(recipe)
 
 
 def json_schema() -> dict[str, Any]:

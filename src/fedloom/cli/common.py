@@ -1,0 +1,151 @@
+"""What the commands share: where words go, formats, and finding a recipe among the words of a command line."""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedloom.errors import FedloomError, UserError
+
+if TYPE_CHECKING:
+    from fedloom.study.load import Loaded
+
+__all__ = [
+    "WORDS",
+    "FormatOption",
+    "OutputFormat",
+    "Words",
+    "as_mapping",
+    "be_quiet",
+    "out",
+    "print_data",
+    "read_words",
+    "relative",
+    "render",
+    "say",
+    "table",
+]
+
+
+class OutputFormat(enum.StrEnum):
+    """How data is printed."""
+
+    text = "text"
+    json = "json"
+
+
+FormatOption = Annotated[
+    OutputFormat, typer.Option("--format", help="json puts data alone on standard output.", show_default=True)
+]
+
+# Commands that take a recipe take `k=v`, `--k v` and `--k-with-dash v` among their words, in any order.
+WORDS = {"ignore_unknown_options": True}
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RECIPE [KEY=VALUE]...", show_default=False, help="A recipe, and keys that replace its own."
+    ),
+]
+
+
+def say(text: str = "") -> None:
+    """For people: standard error, so that standard output is data alone."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def out(text: str) -> None:
+    """Data, or what was asked for, as text: standard output."""
+    sys.stdout.write(f"{text}\n")
+
+
+def print_data(value: Any) -> None:
+    """Data as JSON on standard output."""
+    out(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), width: int | None = None) -> str:
+    """Columns side by side, the last one as long as it is or cut to `width`."""
+    lines = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
+    if not lines:
+        return ""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    shown = []
+    for line in lines:
+        cells = [cell.ljust(size) for cell, size in zip(line[:-1], widths, strict=False)]
+        text = "  ".join([*cells, line[-1]]).rstrip()
+        shown.append(text if width is None or len(text) <= width else text[: width - 1] + "…")
+    return "\n".join(shown)
+
+
+def read_words(words: Sequence[str] | None, command: str) -> Loaded:
+    """The recipe that a command line names, with its overrides; what is to be said about spellings is said.
+
+    Raises:
+        UserError: none is named, or more than one, or it is wrong.
+    """
+    from fedloom.study.load import read_recipe, split_words
+
+    overrides, rest = split_words(words or [])
+    options = [word for word in rest if word.startswith("-") and len(word) > 1]
+    names = [word for word in rest if word not in options]
+    if options:
+        raise UserError(
+            f"{options[0]} needs a value",
+            hint=f"fedloom {command} RECIPE {options[0]} VALUE",
+            code="cli.option",
+        )
+    if not names:
+        raise UserError(
+            f"{command} needs a recipe",
+            hint=f"fedloom {command} RECIPE.yaml    # fedloom ls recipes shows those that come with fedloom",
+            code="cli.missing_argument",
+        )
+    if len(names) > 1:
+        raise UserError(
+            f"{command} takes one recipe, and there are {len(names)}: {', '.join(names)}",
+            hint=f"fedloom {command} {names[0]} KEY=VALUE",
+            code="cli.too_many",
+        )
+    loaded = read_recipe(names[0], [override.said if "=" in override.said else f"--{override.key}={override.value}"
+                                    for override in overrides])  # fmt: skip
+    for note in loaded.notes:
+        say(f"note: {note}")
+    return loaded
+
+
+def be_quiet() -> None:
+    """Keep libraries quiet: no progress bars of theirs, no advice, no telemetry."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def render(error: FedloomError) -> str:
+    """An error as it is printed: what is wrong, what to do, and a name that scripts may look for."""
+    lines = [f"fedloom: {error.message}"]
+    if error.hint:
+        lines.append(f"  {error.hint}")
+    lines.append(f"  [{error.code}]")
+    return "\n".join(lines)
+
+
+def relative(path: Path) -> str:
+    """A path as a person would type it from here."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def as_mapping(value: object) -> Mapping[str, Any]:
+    """A JSON object, or an empty one."""
+    return value if isinstance(value, Mapping) else {}

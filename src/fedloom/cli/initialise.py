@@ -1,0 +1,270 @@
+"""`init`: a commented recipe from a data file, or from another tool's settings."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedloom.cli.common import out, relative, say
+from fedloom.cli.recipes import schema_comment, write_new
+from fedloom.errors import UserError
+
+if TYPE_CHECKING:
+    from fedloom.data.rows import Source
+
+__all__ = ["recipe_for", "register"]
+
+MOST_CLIENTS = 50  # more categories than this are seldom meant as one client each
+USUAL_LENGTH = 1024
+CHARACTERS_PER_TOKEN = 3  # on the safe side for English with a usual vocabulary
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's command."""
+    app.command("init")(init)
+
+
+def init(
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="[DATA]", show_default=False, help="A file, a folder, a hub id or builtin:NAME."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="M", help="A hub id, a folder, or builtin.", show_default=False),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="Settings of TRL, Axolotl or LLaMA-Factory.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Default: named after the data.", show_default=False),
+    ] = None,
+) -> None:
+    """Write a commented recipe for your data, or from a TRL or Axolotl file."""
+    if source is not None:
+        target = output or Path(f"fed_{source.stem}.yaml")
+        _not_there(target)
+        text, notes = _translated(source, data, model, target)
+    elif data is None:
+        raise UserError("init needs a data file", "fedloom init DATA --model M", "cli.missing_argument")
+    else:
+        target = output or Path(f"{_name_of(data)}.yaml")
+        _not_there(target)
+        text, notes = _inspected(data, model, target)
+    write_new(target, text)
+    for note in notes:
+        say(note)
+    out(relative(target))
+    say(f"next: fedloom preview {relative(target)}    # then fedloom run {relative(target)}, with --smoke first")
+
+
+def _not_there(target: Path) -> None:
+    """Said before the data is read, which may take a while."""
+    if target.exists():
+        raise UserError(f"{target} exists already; nothing was written", "another name: --output FILE", "file.exists")
+
+
+def _name_of(data: str) -> str:
+    stem = Path(data.rstrip("/")).name.split(".")[0] if not data.startswith("builtin:") else data.partition(":")[2]
+    return re.sub(r"[^\w-]+", "_", stem).strip("_") or "recipe"
+
+
+def _translated(source: Path, data: str | None, model: str | None, target: Path) -> tuple[str, list[str]]:
+    from fedloom.study.foreign import translate
+    from fedloom.study.load import validate_text
+
+    translated = translate(source)
+    replaced = [f"{key}={value}" for key, value in (("model", model), ("data.path", data)) if value is not None]
+    text = f"{schema_comment(target)}\n{translated.text}"
+    for override in replaced:
+        key, _, value = override.partition("=")
+        text = _replace_value(text, key, value)
+    validate_text(text, source=str(target), name=target.stem)
+    notes = [f"read as {translated.tool}"]
+    notes += [f"  {theirs} -> {ours}" for theirs, ours in translated.taken]
+    if translated.dropped:
+        notes.append(f"dropped {len(translated.dropped)}:")
+        notes += [f"  {key}: {value}    {reason}" for key, value, reason in translated.dropped]
+    return text, notes
+
+
+def _replace_value(text: str, key: str, value: str) -> str:
+    """Put another value behind a key of the text that `translate` wrote."""
+    from fedloom.study.recipe import yaml_value
+
+    leaf = key.rpartition(".")[2]
+    indent = "  " if "." in key else ""
+    return re.sub(rf"(?m)^{indent}{leaf}: .*$", lambda _: f"{indent}{leaf}: {yaml_value(value)}", text, count=1)
+
+
+def _inspected(data: str, model: str | None, target: Path) -> tuple[str, list[str]]:
+    from fedloom.data.rows import read
+    from fedloom.study.load import validate_text
+
+    if model is None:
+        raise UserError(
+            "init needs to know the model",
+            f"fedloom init {data} --model FOLDER-OR-HUB-ID    # builtin is the small one that comes with fedloom",
+            "cli.missing_argument",
+        )
+    tests = _test_file(Path(data))
+    rows = read(data, exclude=[] if tests is None else [str(tests)])
+    text = f"{schema_comment(target)}\n{recipe_for(rows, data, model, target.stem, tests)}"
+    validate_text(text, source=str(target), name=target.stem)
+    return text, [f"{data}: {rows.said}", *rows.notes]
+
+
+def _test_file(folder: Path) -> Path | None:
+    """The one file of a folder that says it is for testing (test.jsonl, global_test.json), if others are beside it."""
+    if not folder.is_dir():
+        return None
+    files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "_"))]
+    found = [file for file in files if re.search(r"(?:^|[_-])test(?:[_-]|$)", file.name.split(".")[0].lower())]
+    return found[0] if len(found) == 1 and len(files) > 1 else None
+
+
+def recipe_for(source: Source, data: str, model: str, name: str, tests: Path | None = None) -> str:
+    """A commented recipe for what was read, without its first line.
+
+    Args:
+        source: what `fedloom.data.rows.read` made of the data.
+        data: the path as it was given.
+        model: hub id, folder or builtin.
+        name: of the recipe.
+        tests: a file of test rows beside the others, which `source` leaves out.
+    """
+    from fedloom.study.recipe import yaml_value
+
+    builtin = data.startswith("builtin:")
+    categories = Counter(str(row["category"]) for row in source.rows if row.get("category") is not None)
+    split, clients = _split(source, categories, builtin)
+    length, length_note = _length(source, model)
+    rows_per_client = max(1, len(source.rows) // max(1, clients))
+    batch = 4 if rows_per_client >= 8 else 1
+    steps = max(1, min(30, round(0.85 * rows_per_client / batch)))
+    lines = [
+        f"# {source.said}",
+        f"model: {yaml_value(model)}",
+        "dtype: auto                     # bfloat16 where the hardware has it",
+        "",
+        "data:",
+        f"  path: {yaml_value(data)}",
+    ]
+    if not builtin:
+        lines.append(f"  type: {source.kind}" + _columns_note(source))
+        renamed = {field: column for field, column in source.columns.items() if field != column and field != "category"}
+        if renamed:
+            lines.append(f"  columns: {yaml_value(dict(renamed))}")
+    lines.append(f"  max_length: {length}".ljust(32) + f"# tokens of prompt and answer; {length_note}")
+    if not builtin:
+        lines.append("  val_set_size: 0.05            # share of each client's rows")
+        if tests is None:
+            lines.append("  test_set_size: 0.1            # or test_path: FILE")
+        else:
+            lines.append(f"  test_path: {yaml_value(str(tests))}    # left out of the clients' rows")
+    lines += [
+        "",
+        *split,
+        "",
+        "adapter:",
+        "  kind: lora",
+        "  lora_r: 8",
+        "  lora_alpha: 16",
+        "  lora_target_modules: auto     # PEFT's choice for the architecture; or all-linear, or [q_proj, v_proj]",
+        "",
+        "method: fedavg                  # fedprox, fedavgm, fedadam, fedyogi, fedadagrad: fedloom ls methods",
+        "rounds: 10",
+        "clients_per_round: null         # all; a whole number, or a share below 1",
+        f"local_steps: {steps}".ljust(32) + f"# per client and round; about {rows_per_client:,} rows a client",
+        "",
+        "client:",
+        "  learning_rate: 2.0e-04",
+        "  optim: adamw",
+        f"  per_device_train_batch_size: {batch}",
+        "  lr_scheduler_type: cosine     # over all rounds",
+        "",
+        "arms: [base, federated]         # add local and global to compare with",
+        "evaluate:",
+        "  eval_rounds: 5                # 0: only at the end",
+    ]
+    lines += [] if builtin else ["  limit: 50                     # test rows that are scored, per client"]
+    lines += ["seed: 42", f"output_dir: {yaml_value(f'runs/{name}')}"]
+    return "\n".join(lines) + "\n"
+
+
+def _columns_note(source: Source) -> str:
+    there = list(dict.fromkeys(name for row in source.rows[:100] for name in row.get("columns", {})))
+    shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
+    return f"{' ' * max(1, 24 - len(source.kind))}# the file's columns: {shown}" if there else ""
+
+
+def _split(source: Source, categories: Counter[str], builtin: bool) -> tuple[list[str], int]:
+    """The block of the split, and how many clients it makes."""
+    if builtin:
+        clients = len(source.natural or {}) or 1
+        return ["split:", "  kind: natural".ljust(32) + f"# the task brings {clients} clients"], clients
+    if len(source.files) > 1:
+        return [
+            "split:",
+            "  kind: files".ljust(32) + f"# {len(source.files)} files, one client each",
+        ], len(source.files)
+    if 2 <= len(categories) <= MOST_CLIENTS and min(categories.values()) >= 4:
+        shown = ", ".join(f"{name} {count:,}" for name, count in categories.most_common(8))
+        more = f" and {len(categories) - 8} more" if len(categories) > 8 else ""
+        return [
+            f"# categories: {shown}{more}",
+            "split:",
+            "  kind: by_category             # one client per category; or iid, dirichlet with alpha: 0.5",
+            f"  clients: {len(categories)}",
+        ], len(categories)
+    clients = max(1, min(4, len(source.rows) // 4))
+    return [
+        "split:",
+        "  kind: iid                     # dealt at random; or by_column with column: NAME, dirichlet with alpha: 0.5",
+        f"  clients: {clients}",
+    ], clients
+
+
+def _length(source: Source, model: str) -> tuple[int, str]:
+    """A limit in tokens that few rows reach, as far as characters tell, within what the model takes."""
+    sizes = sorted(_characters(row) for row in source.rows)
+    at_95 = sizes[int(0.95 * (len(sizes) - 1))]
+    wanted = USUAL_LENGTH
+    note = f"95 % of rows have at most {at_95:,} characters; fedloom preview counts"
+    most = _context_of(model)
+    if most is not None and most < wanted:
+        return most, f"the model takes {most}; {note}"
+    while wanted * CHARACTERS_PER_TOKEN < at_95 and wanted < 8192 and (most is None or wanted * 2 <= most):
+        wanted *= 2
+    return wanted, note
+
+
+def _characters(row: Any) -> int:
+    texts: Sequence[str] = [
+        str(row.get(key, "")) for key in ("instruction", "input", "output", "prompt", "completion", "text")
+    ]
+    return sum(map(len, texts)) + sum(len(str(message.get("content", ""))) for message in row.get("messages", []))
+
+
+def _context_of(model: str) -> int | None:
+    """The model's own limit, where its config lies at hand."""
+    if model == "builtin":
+        from importlib.resources import files
+
+        config = Path(str(files("fedloom.models"))) / "builtin_base" / "config.json"
+    else:
+        config = Path(model) / "config.json"
+    try:
+        value = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    found = value.get("max_position_embeddings") or value.get("n_positions") if isinstance(value, dict) else None
+    return found if isinstance(found, int) and found >= 8 else None

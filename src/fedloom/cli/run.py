@@ -1,0 +1,92 @@
+"""`run` and `demo`."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedloom.cli.common import WORDS, FormatOption, OutputFormat, Words, print_data, read_words, say
+from fedloom.errors import UserError
+
+if TYPE_CHECKING:
+    from fedloom.study.load import Loaded
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    app.command(context_settings=WORDS)(demo)
+    app.command(context_settings=WORDS)(run)
+
+
+def demo(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", show_default=False, help="Keys that replace the demo's own."),
+    ] = None,
+    output: FormatOption = OutputFormat.text,
+) -> None:
+    """See what this is for: built-in model and tasks, offline."""
+    from fedloom.study.load import packaged_recipes
+
+    folder = next(path for number in itertools.count(1) if not (path := Path("runs") / f"demo-{number}").exists())
+    recipe = packaged_recipes().get("builtin_skills")
+    if recipe is None:
+        raise UserError(
+            "the demo's recipe is not in this installation", "pip install --force-reinstall fedloom", "demo.missing"
+        )
+    said = list(words or [])
+    if not any(word.replace("--", "").startswith("output_dir") for word in said):
+        said.append(f"output_dir={folder}")
+    _go(read_words([str(recipe), *said], "demo"), output)
+
+
+def run(
+    words: Words = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with a run that was stopped or killed.")
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="2 clients x 1 round x 8 rows through every step, to see that all works.")
+    ] = False,
+    output: FormatOption = OutputFormat.text,
+) -> None:
+    """Run a recipe: plan, training, evaluation, run folder."""
+    if resume is None:
+        _go(read_words(words, "run"), output, smoke=smoke)
+        return
+    if words or smoke:
+        extra = (words or ["--smoke"])[0]
+        raise UserError(
+            f"--resume {resume} goes on with its own recipe, so {extra} has no place here",
+            hint=f"fedloom run --resume {resume}    # or a new run: fedloom run {resume}/recipe.yaml output_dir=DIR",
+            code="cli.resume",
+        )
+    from fedloom.study.folder import RunFolder
+
+    RunFolder.look(resume)  # says which runs there are, if this is none
+    _go(read_words([str(resume / "recipe.yaml")], "run"), output, resume=resume)
+
+
+def _go(loaded: Loaded, output: OutputFormat, *, resume: Path | None = None, smoke: bool = False) -> None:
+    from rich.console import Console
+
+    from fedloom.cli.display import RichDisplay, print_result
+    from fedloom.study.folder import RunFolder
+    from fedloom.study.run import run_recipe
+
+    with RichDisplay() as display:
+        folder = run_recipe(loaded.recipe, source=loaded.source, resume=resume, smoke=smoke, display=display)
+    result = RunFolder.look(folder).read_result()
+    if result is None:
+        say(f"{folder}: no result yet")
+        return
+    if output is OutputFormat.json:
+        print_data(result)
+        print_result(result, folder)
+    else:
+        print_result(result, folder, Console(highlight=False))

@@ -289,8 +289,7 @@ def _locate(name: str) -> tuple[Path | str, bool]:
     if _is_offline(name):
         raise UserError(
             f"model {name}: there is no such folder, and the model hub cannot be reached from here",
-            hint=f"download it where there is a network: hf download {name} "
-            f"--local-dir {name.split('/')[-1]}, then model={name.split('/')[-1]}",
+            hint=_download_hint(name),
             code="model.offline",
         )
     return name, False
@@ -370,8 +369,9 @@ def _check_folder(folder: Path, name: str) -> None:
     if any(file.startswith("pytorch_model") and file.endswith((".bin", ".json")) for file in present):
         raise UserError(
             f"model {name} has its weights as pickles (pytorch_model.bin) only; fedloom does not unpickle",
-            hint="convert them where you trust the file: python -c \"from transformers import AutoModelForCausalLM as M; "
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}')\"",
+            hint="convert them where you trust the file: "
+            f'python -c "from transformers import AutoModelForCausalLM as M; p = {str(folder)!r}; '
+            'M.from_pretrained(p).save_pretrained(p)"',
             code="model.pickled",
         )
     raise UserError(
@@ -634,10 +634,14 @@ def _hub_error(error: Exception, name: str) -> UserError:
         return UserError(f"model {name}: neither a folder here nor a model on the hub", code="model.unknown")
     return UserError(
         f"model {name} cannot be loaded from the hub: {_first_line(error)}",
-        hint=f"or download it where there is a network: hf download {name} "
-        f"--local-dir {name.split('/')[-1]}, then model={name.split('/')[-1]}",
+        hint=_download_hint(name),
         code="model.hub",
     )
+
+
+def _download_hint(name: str) -> str:
+    short = name.rpartition("/")[2]
+    return f"download it where there is a network: hf download {name} --local-dir {short}, then model={short}"
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""The loss of a model on held-out examples, as sums, so that clients and batches add.
+
+The mean is per answer token, never per batch, and a loss that is not a number never makes a model look better: what is
+not finite is counted, and a mean over it is infinite.
+
+Shape suffixes: C clients, B examples per client, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedloom.errors import RunError
+from fedloom.types import Adapter, Batch, Client, Evaluation, Metrics, Tree
+
+__all__ = ["add_metrics", "loss_evaluation", "mean_loss", "perplexity", "require_finite", "stack_batches"]
+
+IGNORED = -100  # a label that carries no loss
+
+
+def loss_evaluation(name: str, open: Callable[[str], Sequence[Batch]]) -> Evaluation:
+    """Summed loss of each client's model on the batches that `open(client id)` gives.
+
+    Metrics: `loss_sum` (nats) and `target_tokens` over the finite part, `nonfinite` (answer tokens of batches whose
+    loss is not finite). They add; `mean_loss` reads them.
+    """
+
+    def run(adapter: Adapter, tree_C: Tree, clients: Sequence[Client]) -> list[Metrics]:
+        opened = [open(client.id) for client in clients]
+        device = next(iter(tree_C.values())).device
+        sums = [{"loss_sum": 0.0, "target_tokens": 0.0, "nonfinite": 0.0} for _ in clients]
+        for index in range(max(map(len, opened), default=0)):
+            here = [c for c, batches in enumerate(opened) if index < len(batches)]
+            batch_CBT = stack_batches([opened[c][index] for c in here], device)
+            some = tree_C if len(here) == len(clients) else {k: leaf[here] for k, leaf in tree_C.items()}
+            sum_C, count_C = adapter.nll(some, batch_CBT)
+            for c, total, count in zip(here, sum_C.tolist(), count_C.tolist(), strict=True):
+                if math.isfinite(total):
+                    sums[c]["loss_sum"] += total
+                    sums[c]["target_tokens"] += count
+                else:
+                    sums[c]["nonfinite"] += max(count, 1)
+        return list(sums)
+
+    return Evaluation(name, run)
+
+
+def stack_batches(batches: Sequence[Batch], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Clients' batches [B, T] as one [C, B, T]; what is added carries no label and stands behind every real token."""
+    rows = max(batch["input_ids"].shape[0] for batch in batches)
+    tokens = max(batch["input_ids"].shape[1] for batch in batches)
+
+    def padded(batch: Batch, key: str, value: int) -> Tensor:
+        b, t = batch[key].shape
+        return F.pad(batch[key], (0, tokens - t, 0, rows - b), value=value)
+
+    return {
+        "input_ids": torch.stack([padded(batch, "input_ids", 0) for batch in batches]).to(device),
+        "labels": torch.stack([padded(batch, "labels", IGNORED) for batch in batches]).to(device),
+    }
+
+
+def mean_loss(metrics: Metrics) -> float:
+    """Nats per answer token: infinite when any part was not finite, NaN when there was no answer token at all."""
+    if metrics.get("nonfinite", 0.0):
+        return math.inf
+    tokens = metrics.get("target_tokens", 0.0)
+    return metrics.get("loss_sum", 0.0) / tokens if tokens else math.nan
+
+
+def perplexity(metrics: Metrics) -> float:
+    """exp of the mean loss; infinite where that overflows."""
+    mean = mean_loss(metrics)
+    return math.exp(mean) if mean < 700 else mean if math.isnan(mean) else math.inf
+
+
+def add_metrics(rows: Iterable[Metrics]) -> dict[str, float]:
+    """Key by key; a key that only some have counts as 0 elsewhere."""
+    total: dict[str, float] = {}
+    for row in rows:
+        for key, value in row.items():
+            total[key] = total.get(key, 0.0) + value
+    return total
+
+
+def require_finite(per_client: Mapping[str, Metrics], what: str, *, limit: float = 0.0) -> None:
+    """Stop when more than the share `limit` of the answer tokens have no finite loss.
+
+    Raises:
+        RunError: it is so; the message names the clients.
+    """
+    total = add_metrics(per_client.values())
+    bad = total.get("nonfinite", 0.0)
+    everything = bad + total.get("target_tokens", 0.0)
+    if not bad or bad / everything <= limit:
+        return
+    names = [client for client, row in per_client.items() if row.get("nonfinite", 0.0)]
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    raise RunError(
+        f"{what}: the loss of {bad:,.0f} of {everything:,.0f} answer tokens is not a finite number (clients: {shown})",
+        hint="a lower client.learning_rate, client.max_grad_norm: 1.0 or dtype: float32 are the usual cures",
+        code="loss.nonfinite",
+    )

@@ -9,7 +9,6 @@ Reading a recipe file, with every objection at once, is `fedloom.study.load`.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -146,12 +145,12 @@ class DataRecipe(_Block):
         description="`tokenizer` is the model's own template, `alpaca` the Stanford-Alpaca layout; `auto` takes the "
         "tokenizer's where it has one.",
     )
-    val_set_size: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+    val_set_size: Annotated[int, Field(strict=True, ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
         DEFAULT_VAL_SHARE,
         description="Validation rows of each client: a share below 1, or a whole number of rows. Built-in tasks with "
         "the natural split bring their own.",
     )
-    test_set_size: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] | None = Field(
+    test_set_size: Annotated[int, Field(strict=True, ge=0)] | Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
         description=f"Test rows of each client, as val_set_size. Default {DEFAULT_TEST_SHARE} without test_path; "
         "built-in tasks bring their own.",
@@ -341,7 +340,7 @@ class Recipe(_Block):
         "fedavg", description="Fills client, aggregate and server; `fedloom cat` shows the result; a slot key replaces."
     )
     rounds: Annotated[int, Field(ge=1)] = Field(10, description="Rounds of training and averaging.")
-    clients_per_round: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = Field(
+    clients_per_round: Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="A whole number of clients, or a share below 1. `null` is all."
     )
     local_steps: Annotated[int, Field(ge=1)] | None = Field(
@@ -655,12 +654,23 @@ def yaml_value(value: object) -> str:
         mantissa, exponent = f"{value!r}e0".split("e")[:2] if "e" in repr(value) else _scientific(value)
         return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{int(exponent):+03d}"
     if isinstance(value, str):
-        return value if _PLAIN.fullmatch(value) and not _NOT_TEXT.fullmatch(value) else json.dumps(value)
+        return value if _PLAIN.fullmatch(value) and not _NOT_TEXT.fullmatch(value) else _quoted(value)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{yaml_value(key)}: {yaml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, Sequence):
         return "[" + ", ".join(yaml_value(item) for item in value) + "]"
     raise TypeError(f"no YAML for {type(value).__name__}")
+
+
+def _quoted(text: str) -> str:
+    """Text in double quotes. Not JSON's escapes: JSON writes what lies beyond 16 bits as pairs, which YAML does not."""
+
+    def escaped(char: str) -> str:
+        if char in '"\\':
+            return f"\\{char}"
+        return char if char.isprintable() else f"\\U{ord(char):08x}"
+
+    return f'"{"".join(map(escaped, text))}"'
 
 
 def _scientific(value: float) -> tuple[str, str]:

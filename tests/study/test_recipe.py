@@ -1,0 +1,226 @@
+"""The recipe's models: what they fill, what they refuse, and that what they write reads back."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from tools.write_recipe_docs import document, schema_text
+
+from fedloom.study.load import find_key, packaged_recipes, read_recipe, validate_text
+from fedloom.study.recipe import BLOCKS, METHOD_LINES, METHODS, DataRecipe, Recipe, resolved_yaml, yaml_value
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def recipe(**values: object) -> Recipe:
+    return Recipe.model_validate({"model": "m", "data": {"path": "d.jsonl"}, "local_steps": 3, **values})
+
+
+def test_the_smallest_recipe_has_what_a_practitioner_expects() -> None:
+    small = recipe()
+    assert (small.adapter.lora_r, small.adapter.lora_alpha, small.adapter.lora_dropout) == (8, 16.0, 0.0)
+    assert (small.client.optim, small.client.learning_rate, small.client.per_device_train_batch_size) == (
+        "adamw",
+        2e-4,
+        4,
+    )
+    assert (small.client.adam_beta1, small.client.weight_decay, small.client.momentum) == (0.9, 0.0, None)
+    assert (small.split.kind, small.split.clients, small.data.val_set_size, small.data.test_set_size) == (
+        "iid",
+        4,
+        0.05,
+        0.1,
+    )
+    assert (small.server.kind, small.server.server_optim, small.arms) == ("replace", None, ["base", "federated"])
+    assert (small.evaluate.max_new_tokens, small.evaluate.best_by, small.output_dir) == (256, "loss", "runs/run")
+
+
+def test_builtin_model_brings_a_task_and_its_clients() -> None:
+    small = Recipe.model_validate({"model": "builtin", "local_epochs": 1})
+    assert (small.data.path, small.split.kind, small.split.clients) == ("builtin:skills", "natural", None)
+    assert small.evaluate.max_new_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        ("fedavg", "prox_mu", 0.0),
+        ("fedprox", "prox_mu", 0.01),
+        ("fedavgm", "server_momentum", 0.9),
+        ("fedavgm", "server_learning_rate", 1.0),
+        ("fedadam", "server_beta2", 0.99),
+        ("fedadam", "server_tau", 1e-3),
+        ("fedyogi", "server_optim", "yogi"),
+        ("fedadagrad", "server_beta1", 0.0),
+    ],
+)
+def test_a_method_fills_its_slots(method: str, key: str, value: object) -> None:
+    made = recipe(method=method)
+    holder = made.client if key == "prox_mu" else made.server
+    assert getattr(holder, key) == value
+
+
+def test_an_explicit_slot_key_replaces_the_methods() -> None:
+    made = recipe(method="fedadam", server={"server_optim": "yogi", "server_tau": 0.1})
+    assert (made.server.server_optim, made.server.server_tau, made.server.server_beta2) == ("yogi", 0.1, 0.99)
+    plain = recipe(method="fedadam", server={"kind": "replace"})
+    assert (plain.server.server_optim, plain.server.server_tau) == (None, None)
+    assert recipe(method="fedprox", client={"prox_mu": 0.5}).client.prox_mu == 0.5
+
+
+def test_every_method_has_a_line_and_composes() -> None:
+    assert set(METHODS) == set(METHOD_LINES)
+    for method in METHODS:
+        recipe(method=method)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"clients_per_round": 16, "split": {"clients": 8}},
+            "clients_per_round: 16, but the split has 8 clients: at most 8",
+        ),
+        ({"local_steps": None}, "local_steps: missing"),
+        ({"local_epochs": 1}, "local_epochs: 1, and local_steps 3 as well"),
+        ({"split": {"kind": "dirichlet"}}, "split.alpha: missing"),
+        ({"split": {"alpha": 0.5}}, "split.alpha: 0.5 would have no effect"),
+        ({"split": {"kind": "by_column"}}, "split.column: missing"),
+        ({"split": {"column": "user"}}, "split.column: user would have no effect"),
+        ({"split": {"kind": "natural"}}, "natural is what built-in tasks bring"),
+        ({"client": {"prox_mu": 0.1}}, "set method: fedprox"),
+        ({"client": {"momentum": 0.9}}, "momentum has it"),
+        ({"client": {"optim": "sgd", "adam_beta1": 0.9}}, "adamw, adam, yogi have it"),
+        ({"client": {"lr_scheduler_type": "constant", "min_lr_ratio": 0.1}}, "linear and cosine have an end"),
+        ({"client": {"warmup_rounds": 5}, "rounds": 5}, "client.warmup_rounds: 5, but there are 5 rounds"),
+        ({"server": {"server_momentum": 0.9}}, "server.kind is replace"),
+        ({"method": "fedavgm", "server": {"server_beta1": 0.9}}, "server_optim is momentum"),
+        ({"server": {"kind": "optimize"}}, "server.server_optim: missing"),
+        ({"runtime": {"kind": "sequential", "clients_per_batch": 4}}, "one client at a time"),
+        ({"evaluate": {"score": "none", "max_new_tokens": 5}}, "nothing is generated"),
+        ({"evaluate": {"score": "none", "best_by": "score"}}, "best_by: loss"),
+        ({"evaluate": {"best_by": "loss"}, "data": {"path": "d", "val_set_size": 0}}, "nothing to choose by"),
+        ({"data": {"path": "d", "test_path": "t", "test_set_size": 0.1}}, "data.test_path gives the test rows"),
+        ({"data": {"path": "d", "val_set_size": 0.5, "test_set_size": 0.5}}, "nothing would be left to train on"),
+        ({"data": {"path": "builtin:code", "test_path": "t"}}, "brings its own rows"),
+        ({"data": {"path": "builtin:code", "val_set_size": 0.3}}, "brings its own rows"),
+        ({"data": {"path": "builtin:code", "columns": {"text": "t"}}}, "brings its own rows"),
+        ({"data": {}}, "data.path: missing"),
+        ({"data": {"path": "d", "columns": {"inpt": "a"}}}, "no such column name: inpt"),
+        ({"arms": ["base", "base"]}, "base is named twice"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(values: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        recipe(**values)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"adapter": {"lora_r": 0}}, "lora_r"),
+        ({"clients_per_round": 1.5}, "clients_per_round"),
+        ({"clients_per_round": 0}, "clients_per_round"),
+        ({"rounds": 0}, "rounds"),
+        ({"client": {"learning_rate": float("nan")}}, "learning_rate"),
+        ({"client": {"learning_rate": float("inf")}}, "learning_rate"),
+        ({"arms": []}, "arms"),
+        ({"adapter": {"lora_target_modules": []}}, "lora_target_modules"),
+        ({"data": {"path": "d", "val_set_size": 1.0}}, "val_set_size"),
+        ({"runtime": {"client_dropout": 1.0}}, "client_dropout"),
+        ({"seed": -1}, "seed"),
+        ({"bogus": 1}, "bogus"),
+        ({"client": {"bogus": 1}}, "bogus"),
+    ],
+)
+def test_ranges(values: dict[str, object], field: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        recipe(**values)
+    assert field in str(caught.value.errors()[0]["loc"])
+
+
+def test_a_share_of_one_is_everyone_and_a_one_is_one_client() -> None:
+    assert recipe(clients_per_round=1.0).clients_per_round is None
+    assert recipe(clients_per_round=1).clients_per_round == 1
+    assert recipe(clients_per_round=0.5).clients_per_round == 0.5
+
+
+def test_recipes_are_values() -> None:
+    assert recipe() == recipe()
+    with pytest.raises(ValidationError):
+        recipe().rounds = 3  # type: ignore[misc]
+
+
+def test_blocks_may_be_given_as_models() -> None:
+    made = Recipe(model="m", data=DataRecipe(path="d.csv"), local_steps=1)
+    assert (made.data.path, made.data.test_set_size) == ("d.csv", 0.1)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("path", ["d.jsonl", "builtin:arith"])
+def test_a_resolved_recipe_reads_back_as_itself(method: str, path: str) -> None:
+    made = recipe(method=method, data={"path": path}, name="x", client={"learning_rate": 1e-5, "max_grad_norm": None})
+    text = resolved_yaml(made)
+    assert text.startswith("# yaml-language-server: $schema=")
+    again, notes = validate_text(text, name="another name")
+    assert (again, notes) == (made, ())
+    assert resolved_yaml(again) == text
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(max_size=20),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+        max_leaves=5,
+    )
+)  # fmt: skip
+def test_yaml_values_mean_the_same_to_yaml_1_1_and_1_2(value: object) -> None:
+    import yaml
+    from ruamel.yaml import YAML
+
+    text = yaml_value(value)
+    assert yaml.safe_load(text) == value
+    assert YAML(typ="safe", pure=True).load(text) == value
+
+
+def test_flat_names_are_unique_but_for_those_that_say_which() -> None:
+    leaves = [leaf for model in BLOCKS.values() for leaf in model.model_fields] + [
+        name for name in Recipe.model_fields if name not in BLOCKS
+    ]
+    assert {leaf for leaf in leaves if leaves.count(leaf) > 1} == {"kind", "limit"}
+    assert find_key("learning_rate") == "client.learning_rate"
+
+
+def test_docs_and_schema_are_current_and_complete() -> None:
+    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == document(), "run tools/write_recipe_docs.py"
+    assert (ROOT / "recipes" / "recipe.schema.json").read_text(encoding="utf-8") == schema_text()
+    text = document()
+    for block, model in [("", Recipe), *BLOCKS.items()]:
+        for key, field in model.model_fields.items():
+            assert field.description, f"{block}.{key} has no description"
+            assert key in BLOCKS or f"| `{key}` |" in text
+
+
+@pytest.mark.parametrize("name", sorted(packaged_recipes()))
+def test_packaged_recipes_are_sound_and_name_the_schema(name: str) -> None:
+    path = packaged_recipes()[name]
+    first, second, *_ = path.read_text(encoding="utf-8").splitlines()
+    assert first == "# yaml-language-server: $schema=recipe.schema.json"
+    assert second.startswith("# ") and len(second) > 20
+    assert read_recipe(path).recipe.output_dir == f"runs/{name}"
+
+
+def test_reading_a_recipe_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from fedloom.study.load import read_recipe, packaged_recipes;"
+        "[read_recipe(name) for name in packaged_recipes()];"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib', 'numpy', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -210,6 +210,10 @@ def test_time_left_counts_the_clock_and_later_arms() -> None:
         replayed.tick(0.0, 4.0)
     assert replayed.left(2, 0.0) == pytest.approx(8.0)
 
+    display = RichDisplay(plain()[0])
+    display.arm("federated", 7)
+    display.round({"arm": "federated", "round": 0, "rounds": 7, "val_loss": 2.0, "score": None})
+    assert display._pace.left(7, time.monotonic()) is None  # a measurement before round 1 is no round
     display = RichDisplay(plain()[0], rounds={"local": 5, "federated": 7, "global": 9})
     display.arm("federated", 7)
     display.round({**LINE, "round": 3})
@@ -240,10 +244,15 @@ def test_the_table_has_the_arms_in_order_and_all_figures() -> None:
 def test_a_run_without_scores_has_no_score_columns() -> None:
     nothing = {**scores({"c0": None}, loss=2.0), "own_test": scores({}, loss=None)}
     console, file = plain()
-    print_result(a_result(arms={"federated": nothing}, skipped={"local[x]": "no \x1b[31mtime"}), Path("x"), console)
+    print_result(
+        a_result(arms={"federated": nothing}, skipped={"rows": {"local[x]": "no \x1b[31mtime", "y": 0}}),
+        Path("x"),
+        console,
+    )
     assert "score" not in file.getvalue()
     assert "2.000" in file.getvalue()
-    assert "skipped local[x]: no \ufffd[31mtime" in file.getvalue()
+    assert "skipped rows, local[x]: no \ufffd[31mtime" in file.getvalue()
+    assert "rows, y" not in file.getvalue()
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

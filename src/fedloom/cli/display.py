@@ -28,7 +28,7 @@ from rich.text import Text
 from fedloom.errors import UserError
 from fedloom.study.folder import RunFolder, is_running
 from fedloom.study.progress import amount, byte_text, duration, round_text
-from fedloom.study.result import ARMS
+from fedloom.study.result import ARMS, skipped_leaves
 
 __all__ = ["RichDisplay", "arms_in_order", "next_commands", "print_result", "watch"]
 
@@ -124,7 +124,10 @@ class RichDisplay:
         arm = str(line.get("arm", self._arm))
         self._round = int(line["round"])
         self._step = None
-        self._pace.tick(time.monotonic(), float(line.get("seconds") or 0.0))
+        if self._round > 0:
+            self._pace.tick(time.monotonic(), float(line.get("seconds") or 0.0))
+        else:  # what was measured before round 1
+            self._pace = Pace(time.monotonic())
         self._say(round_text(line, self._val.get(arm)))
         if line.get("val_loss") is not None:
             self._val[arm] = line["val_loss"]
@@ -163,7 +166,7 @@ class RichDisplay:
         if not self.console.is_terminal:
             return
         if self._live is None:
-            self._live = Live(_Status(self), console=self.console, refresh_per_second=8, transient=True)
+            self._live = Live(_Status(self), console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
 
     def _status_lines(self, width: int) -> list[Text | Table]:
@@ -298,9 +301,8 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
     console.print()
     for note in notes:
         console.print(Text(note, style="dim"), soft_wrap=not console.is_terminal)
-    if result.get("skipped"):
-        for name, why in result["skipped"].items():
-            console.print(Text(_printable(f"skipped {name}: {why}"), style="yellow"), soft_wrap=True)
+    for place, what in skipped_leaves(result):
+        console.print(Text(_printable(f"skipped {place}: {what}"), style="yellow"), soft_wrap=True)
     report = run / "report.html"
     console.print()
     if report.is_file():
@@ -339,7 +341,7 @@ def watch(
     folder = RunFolder.look(run)
     out = out or sys.stdout
     facts = folder.read_facts()
-    elapsed = max(0.0, time.time() - folder.recipe.stat().st_mtime)
+    elapsed = max(0.0, time.time() - (facts.get("started") or folder.recipe.stat().st_mtime))
     with RichDisplay(console, rounds=facts.get("arms"), elapsed=elapsed) as display:
         shown = 0
         arm = None

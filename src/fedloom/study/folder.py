@@ -429,7 +429,7 @@ class RunFolder:
         then run again, and its line must not stand there twice.
         """
         lines = self.read_rounds()
-        kept = [line for line in lines if line["round"] <= done.get(line["arm"], 0)]
+        kept = [line for line in lines if line["round"] <= done.get(line["arm"], -1)]
         text = "".join(json_text(line, indent=None) + "\n" for line in kept)
         if self.rounds.exists() and self.rounds.read_bytes() != text.encode():
             write_atomic(self.rounds, text)

@@ -21,6 +21,7 @@ __all__ = [
     "build_result",
     "check_result",
     "scores",
+    "skipped_leaves",
     "versions",
 ]
 
@@ -133,6 +134,18 @@ def versions(
     return found
 
 
+def skipped_leaves(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What was left out, as (place, how much or why); zeros and empty parts are no news."""
+
+    def leaves(place: str, value: Any) -> list[tuple[str, Any]]:
+        if isinstance(value, Mapping):
+            parts = (leaves(f"{place}, {key}" if place else str(key), item) for key, item in value.items())
+            return [leaf for part in parts for leaf in part]
+        return [(place.replace("_", " "), value)] if value else []
+
+    return leaves("", result.get("skipped") or {})
+
+
 def build_result(
     *,
     seed: int,
@@ -148,7 +161,7 @@ def build_result(
     """The content of result.json, checked.
 
     Raises:
-        ValueError: a part does not have its form; every difference is named.
+        ValueError: a part does not have its form; differences are named.
     """
     known = versions()
     return check_result(
@@ -173,10 +186,11 @@ def check_result(value: Mapping[str, Any]) -> Result:
     """`value` if it has the form of result.json.
 
     Raises:
-        ValueError: it has not; every difference is named with its place.
+        ValueError: it has not; differences are named with their place.
     """
     try:
         return _RESULT.validate_python(dict(value), strict=False)
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-        raise ValueError("result.json would have " + "; ".join(wrong)) from None
+        more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise ValueError("result.json would be wrong: " + "; ".join(wrong[:20]) + more) from None

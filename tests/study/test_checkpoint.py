@@ -294,48 +294,61 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) ->
 
 # ------------------------------------------------------------------------------------------------ killed, and no room
 
-CHILD = """
-import sys, torch
+WRITERS = """
+import os, sys, torch
 from pathlib import Path
-torch.set_num_threads(1)
 from fedloom.study import checkpoint
 from fedloom.types import State
-folder, round = Path(sys.argv[1]), int(sys.argv[2])
-while True:
-    round += 1
-    w = torch.full((400_000,), float(round))
-    state = State(5, round, {"w": w}, {"m": w.double()}, {f"c{i}": {"p": w[:1000] + i} for i in range(5)})
-    checkpoint.save(folder, state, {"round": round}, keep_last=2, best=round % 3 == 0)
-    print(round, flush=True)
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+
+def write_on(round):
+    print("pid", os.getpid(), flush=True)
+    while True:
+        round += 1
+        w = torch.full((400_000,), float(round))
+        state = State(5, round, {"w": w}, {"m": w.double()}, {f"c{i}": {"p": w[:1000] + i} for i in range(5)})
+        checkpoint.save(folder, state, {"round": round}, keep_last=2, best=round % 3 == 0)
+        print(round, flush=True)
+
+for line in sys.stdin:  # one process after the other, each forked, since importing torch takes seconds
+    child = os.fork()
+    if child == 0:
+        write_on(int(line))
+    print("end", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 on this system")
 def test_killed_while_writing_leaves_a_sound_checkpoint(tmp_path: Path) -> None:
     draw = random.Random(11)
     template = State(5, 0, {"w": torch.zeros(400_000)}, {"m": torch.zeros(400_000).double()})
     last = 0
     leftovers = 0
-    for _ in range(8):
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(tmp_path), str(last)], stdout=subprocess.PIPE, text=True
-        )
-        assert child.stdout is not None
-        said = int(child.stdout.readline())  # at least one is written
-        time.sleep(draw.uniform(0.0, 0.12))
-        child.kill()
-        said = max([said, *(int(line) for line in child.stdout.read().split())])
-        assert child.wait() == -signal.SIGKILL
-        leftovers += sum(entry.name.endswith(".tmp") for entry in tmp_path.iterdir())
+    command = [sys.executable, "-c", WRITERS, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as writers:
+        assert writers.stdin is not None
+        assert writers.stdout is not None
+        for _ in range(15):
+            writers.stdin.write(f"{last}\n")
+            pid = int(writers.stdout.readline().split()[1])
+            said = int(writers.stdout.readline())  # at least one is written
+            time.sleep(draw.uniform(0.0, 0.08))
+            os.kill(pid, signal.SIGKILL)
+            while not (line := writers.stdout.readline()).startswith("end"):
+                said = int(line)
+            assert line == f"end {-signal.SIGKILL}\n"
+            leftovers += sum(entry.name.endswith(".tmp") for entry in tmp_path.iterdir())
 
-        state, extra = checkpoint.load(tmp_path, template)
-        assert state.round in (said, said + 1)  # the word may have been cut off, the checkpoint never
-        assert extra == {"round": state.round}
-        assert torch.equal(state.params["w"], torch.full((400_000,), float(state.round)))
-        assert torch.equal(state.personal["c3"]["p"], torch.full((1000,), float(state.round)) + 3)
-        best, _ = checkpoint.load(tmp_path, template, which="best") if state.round > 3 else (state, {})
-        assert state.round <= 3 or best.round == state.round // 3 * 3
-        last = state.round
+            state, extra = checkpoint.load(tmp_path, template)
+            assert state.round in (said, said + 1)  # the word may have been cut off, the checkpoint never
+            assert extra == {"round": state.round}
+            assert torch.equal(state.params["w"], torch.full((400_000,), float(state.round)))
+            assert torch.equal(state.personal["c3"]["p"], torch.full((1000,), float(state.round)) + 3)
+            if state.round >= 3:
+                assert checkpoint.load(tmp_path, template, which="best")[0].round == state.round // 3 * 3
+            last = state.round
+        writers.stdin.close()
     assert leftovers > 0, "no kill came in the middle of a write; the test proves nothing"
     checkpoint.save(tmp_path, State(5, last + 1, {}, None), {}, keep_last=1, best=False)
     assert not [entry for entry in tmp_path.iterdir() if entry.name.endswith(".tmp")]

@@ -70,7 +70,7 @@ def gap(a: Tree, b: Tree) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-# every client update of the package, with settings in which everything it has is at work; a new one is covered by a line
+# every client update of the package, with settings in which all that it has is at work; a line covers a new one
 CLIENT_UPDATES: dict[str, Callable[[], ClientUpdate]] = {
     "sgd": lambda: sgd_client(sgd(0.5)),
     "momentum": lambda: sgd_client(sgd(0.1, momentum=0.9)),

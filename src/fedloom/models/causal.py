@@ -56,7 +56,8 @@ def _head_of(model: nn.Module) -> Head | None:
     config: Any = getattr(model, "config", None)
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or body_of(model) is model:
-        return _whole("its output layer is not a plain matrix")
+        _say_whole("its output layer is not a plain matrix")
+        return None
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     head = Head(
         weight.detach(),
@@ -69,13 +70,15 @@ def _head_of(model: nn.Module) -> Head | None:
         want = model(input_ids=probe, use_cache=False).logits[0].double()
         hidden = body_of(model)(input_ids=probe, use_cache=False)[0]
         if hidden.shape[-1] != weight.shape[1]:
-            return _whole("its head does not take the hidden state as it is")
+            _say_whole("its head does not take the hidden state as it is")
+            return None
         got = logits(hidden[0], head).double()
     tolerance = 1e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
     if got.shape != want.shape or float((got - want).abs().max()) > tolerance * (1 + float(want.abs().max())):
-        return _whole("its head does more than a matrix product")
+        _say_whole("its head does more than a matrix product")
+        return None
     return head
 
 
-def _whole(reason: str) -> None:
+def _say_whole(reason: str) -> None:
     log.info("this model's logits are computed whole (more memory): %s", reason)

@@ -135,10 +135,10 @@ def train_block(
         record.batch(batches)
         moved = update.step(record.watch(adapter.loss), prefix(work, len(active)), batch_CBT)
         work = write_prefix(work, moved, len(active))
-    delta_C, personal_C = update.finish(params_C, work)
+    delta_C, own_C = update.finish(params_C, work)
     seconds = time.perf_counter() - start
     return [
-        (client_of(delta_C, i), {name: leaf.clone() for name, leaf in client_of(personal_C, i).items()}, metrics)
+        (client_of(delta_C, i), {name: leaf.clone() for name, leaf in client_of(own_C, i).items()}, metrics)
         for i, metrics in enumerate(record.metrics(seconds))
     ]
 

@@ -20,7 +20,8 @@ def optimize(optimizer: Optimizer) -> ServerUpdate:
 
     def apply(params: Tree, proposal: Proposal, state: ServerState) -> tuple[Tree, ServerState]:
         pseudo_gradient = cohort_of_one(sub(params, proposal.params))
-        lr_scale_C = torch.ones(1, dtype=torch.float64)
+        device = next(iter(params.values())).device
+        lr_scale_C = torch.ones(1, dtype=torch.float64, device=device)
         moved, state = optimizer.update(pseudo_gradient, state, cohort_of_one(params), lr_scale_C)
         return {name: leaf[0] for name, leaf in moved.items()}, state
 

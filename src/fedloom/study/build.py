@@ -1,0 +1,268 @@
+"""From a validated recipe to values that run: the only place that knows names, as literal tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedloom.adapters import Lora, lora
+from fedloom.aggregates import mean
+from fedloom.clients import local_only, sgd_client
+from fedloom.data.batches import Batches, round_batches, steps_per_epoch
+from fedloom.data.federation import ClientData, Federation
+from fedloom.data.tokens import pad_id_of
+from fedloom.models.load import Base
+from fedloom.optimizers import Optimizer, adagrad, adam, adamw, decay, sgd, yogi
+from fedloom.rounds import Sampling
+from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dropout
+from fedloom.runtimes import payload as sides
+from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, replace
+from fedloom.study.recipe import AdapterRecipe, ClientRecipe, Recipe, ServerRecipe
+from fedloom.types import (
+    Adapter,
+    Aggregate,
+    Algorithm,
+    Client,
+    ClientUpdate,
+    Evaluation,
+    Runtime,
+    ServerUpdate,
+    Site,
+    State,
+)
+
+POOLED = "pooled"  # the one client of the global arm
+CPU_TOKENS_PER_PASS = 4096  # beyond it a wider cohort gains nothing on a CPU and only takes memory
+GPU_TOKENS_PER_PASS = 32768
+
+CLIENT_OPTIMIZERS: Mapping[str, Callable[[ClientRecipe], Optimizer]] = {
+    "adamw": lambda r: adamw(r.learning_rate, weight_decay=r.weight_decay or 0.0, **_betas(r)),
+    "adam": lambda r: adam(r.learning_rate, **_betas(r)),
+    "yogi": lambda r: yogi(r.learning_rate, **_betas(r)),
+    "adagrad": lambda r: adagrad(r.learning_rate, epsilon=_given(r.adam_epsilon)),
+    "sgd": lambda r: sgd(r.learning_rate, weight_decay=r.weight_decay or 0.0),
+    "momentum": lambda r: sgd(r.learning_rate, momentum=_given(r.momentum), weight_decay=r.weight_decay or 0.0),
+}
+
+SERVER_OPTIMIZERS: Mapping[str, Callable[[ServerRecipe], ServerUpdate]] = {
+    "momentum": lambda r: fed_avgm(_given(r.server_learning_rate), momentum=_given(r.server_momentum)),
+    "adam": lambda r: fed_adam(_given(r.server_learning_rate), **_server_betas(r)),
+    "yogi": lambda r: fed_yogi(_given(r.server_learning_rate), **_server_betas(r)),
+    "adagrad": lambda r: fed_adagrad(
+        _given(r.server_learning_rate), beta1=_given(r.server_beta1), tau=_given(r.server_tau)
+    ),
+}
+
+SERVERS: Mapping[str, Callable[[ServerRecipe], ServerUpdate]] = {
+    "replace": lambda r: replace(),
+    "optimize": lambda r: SERVER_OPTIMIZERS[r.server_optim or ""](r),
+}
+
+AGGREGATES: Mapping[str, Callable[[Recipe], Aggregate]] = {"mean": lambda r: mean()}
+
+
+def lora_of(base: Base, recipe: AdapterRecipe) -> Lora:
+    return lora(
+        base.model,
+        rank=recipe.lora_r,
+        alpha=recipe.lora_alpha,
+        dropout=recipe.lora_dropout,
+        targets=recipe.lora_target_modules,
+        base_name=base.name,
+    )
+
+
+def sgd_of(recipe: Recipe) -> ClientUpdate:
+    client = recipe.client
+    return sgd_client(
+        CLIENT_OPTIMIZERS[client.optim](client),
+        schedule=schedule_of(recipe),
+        prox_mu=client.prox_mu,
+        max_grad_norm=client.max_grad_norm,
+        accumulation_steps=client.gradient_accumulation_steps,
+    )
+
+
+def schedule_of(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
+    client = recipe.client
+    return decay(
+        client.lr_scheduler_type,
+        recipe.rounds,
+        warmup_rounds=client.warmup_rounds,
+        min_lr_ratio=client.min_lr_ratio or 0.0,
+    )
+
+
+ADAPTERS: Mapping[str, Callable[[Base, AdapterRecipe], Adapter]] = {"lora": lora_of}
+
+CLIENTS: Mapping[str, Callable[[Recipe], ClientUpdate]] = {"sgd": sgd_of}
+
+
+def adapter_of(base: Base, recipe: Recipe) -> Adapter:
+    return ADAPTERS[recipe.adapter.kind](base, recipe.adapter)
+
+
+def algorithm_of(recipe: Recipe, arm: str = "federated") -> Algorithm:
+    """The composition of one arm. `local` never averages; `global` is the same work done by one client.
+
+    Raises:
+        UserError: the parts do not compose; every reason is named.
+    """
+    client = CLIENTS[recipe.client.kind](recipe)
+    if arm == "local":
+        return Algorithm(local_only(client), mean(), replace())
+    if arm == "global":
+        return Algorithm(client, mean(), replace())
+    return Algorithm(
+        client,
+        AGGREGATES[recipe.aggregate.kind](recipe),
+        SERVERS[recipe.server.kind](recipe.server),
+        uniform_weight=recipe.aggregate.weighting == "uniform",
+    )
+
+
+# ---- who takes part --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clients:
+    """A population over prepared data. A client's batches of a round are drawn when it is opened."""
+
+    data: Mapping[str, ClientData]
+    recipe: Recipe
+    pad_id: int
+    num_steps: int | None  # per round; None: whole epochs
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return list(self.data)
+
+    def open(self, client: str, round: int) -> Client:
+        return Client(client, self.batches(client, round), float(len(self.data[client].train)))
+
+    def batches(self, client: str, round: int) -> Batches:
+        sizes = self.recipe.client
+        return round_batches(
+            self.data[client].train,
+            batch_size=sizes.per_device_train_batch_size * sizes.gradient_accumulation_steps,
+            num_steps=self.num_steps,
+            num_epochs=None if self.num_steps is not None else self.recipe.local_epochs,
+            pad_id=self.pad_id,
+            seed=self.recipe.seed,
+            round=round,
+            client=client,
+        )
+
+
+def population_of(federation: Federation, recipe: Recipe, arm: str) -> Clients:
+    """The clients of an arm. The global arm's one client makes as many steps a round as the whole cohort does."""
+    pad_id = pad_id_of(federation.tokenizer)
+    if arm != "global":
+        return Clients(federation.clients, recipe, pad_id, recipe.local_steps)
+    pooled = {
+        POOLED: ClientData(
+            POOLED, federation.pooled("train"), federation.pooled("validation"), federation.pooled("test")
+        )
+    }
+    width = clients_per_round(recipe, len(federation.clients)) or len(federation.clients)
+    if recipe.local_steps is not None:
+        return Clients(pooled, recipe, pad_id, recipe.local_steps * width)
+    size = recipe.client.per_device_train_batch_size * recipe.client.gradient_accumulation_steps
+    steps = [steps_per_epoch(len(one.train), size) * (recipe.local_epochs or 1) for one in federation.clients.values()]
+    return Clients(pooled, recipe, pad_id, max(1, round(width * sum(steps) / len(steps))))
+
+
+def clients_per_round(recipe: Recipe, num_clients: int) -> int | None:
+    """Size of a cohort; None is everyone. A share is rounded up, so that it never asks for nobody."""
+    share = recipe.clients_per_round
+    return max(1, math.ceil(share * num_clients)) if isinstance(share, float) else share
+
+
+def sampling_of(recipe: Recipe, arm: str, num_clients: int) -> Sampling:
+    """Local training is for everyone in every round; the pool is one client."""
+    return Sampling(clients_per_round(recipe, num_clients) if arm == "federated" else None)
+
+
+# ---- how it is mapped to the machine ---------------------------------------------------------------------------------
+
+
+def runtime_of(
+    recipe: Recipe,
+    federation: Federation,
+    arm: str,
+    make_base: Callable[[], Base],
+    evaluations: Mapping[str, Evaluation],
+) -> Runtime:
+    """The runtime of an arm. Only the federated arm loses clients or sends messages."""
+    kind = recipe.runtime.kind
+    if kind == "loopback" and arm == "federated":
+        runtime = loopback(
+            {
+                client: ClientSite(
+                    client,
+                    lambda: (algorithm_of(recipe), adapter_of(make_base(), recipe)),
+                    lambda round, client=client: population_of(federation, recipe, arm).open(client, round),  # type: ignore[misc]
+                    evaluations,
+                ).serve
+                for client in federation.clients
+            }
+        )
+    elif kind == "sequential" or kind == "loopback":
+        runtime = sequential()
+    else:
+        runtime = batched(width_of(recipe, federation))
+    share = recipe.runtime.client_dropout
+    return with_dropout(runtime, share) if share and arm == "federated" else runtime
+
+
+def width_of(recipe: Recipe, federation: Federation) -> int:
+    """Clients in one pass: as asked for, or as many as fill a pass with tokens."""
+    width = recipe.runtime.clients_per_batch
+    if isinstance(width, int):
+        return width
+    lengths = federation.pooled("train").lengths
+    typical = float(lengths.mean()) if len(lengths) else 1.0
+    room = GPU_TOKENS_PER_PASS if torch.cuda.is_available() else CPU_TOKENS_PER_PASS
+    wanted = int(room // max(1.0, typical * recipe.client.per_device_train_batch_size))
+    return max(1, min(wanted, len(federation.clients)))
+
+
+def message_bytes(algorithm: Algorithm, adapter: Adapter, state: State, client: Client) -> tuple[int, int]:
+    """(up, down): bytes of one client's messages in a round, by the codec, found without training."""
+    site = Site(state.seed, state.round, client.id, (client.id,))
+    narrowed = {name: leaf[None] for name, leaf in adapter.narrow(state.params, client).items()}
+    personal = {name: leaf[None] for name, leaf in algorithm.client.personal(state.params).items()}
+    delta_C, _ = algorithm.client.finish(narrowed, algorithm.client.init(narrowed, personal, [site]))
+    delta = {name: leaf[0] for name, leaf in delta_C.items()}
+    payload = sides.client_payload(algorithm, state.params, delta, client.weight, site)
+    up = sides.upload_bytes(payload, client.weight, dict.fromkeys(TRAINING_METRICS, 0.0))
+    return up, sides.broadcast_bytes(state, site)
+
+
+TRAINING_METRICS = ("tokens", "padded_tokens", "examples", "steps", "loss_sum", "target_tokens", "seconds")
+
+
+def _given(value: float | None) -> float:
+    if value is None:
+        raise ValueError("a validated recipe has every setting of its optimiser")
+    return value
+
+
+def _betas(recipe: ClientRecipe) -> dict[str, Any]:
+    return {
+        "beta1": _given(recipe.adam_beta1),
+        "beta2": _given(recipe.adam_beta2),
+        "epsilon": _given(recipe.adam_epsilon),
+    }
+
+
+def _server_betas(recipe: ServerRecipe) -> dict[str, Any]:
+    return {
+        "beta1": _given(recipe.server_beta1),
+        "beta2": _given(recipe.server_beta2),
+        "tau": _given(recipe.server_tau),
+    }

@@ -1,0 +1,136 @@
+"""What is measured of an arm: loss and score, on each client's own rows and on the common test set.
+
+The common test set is the union of the clients' test sets. One model for all is run over each client's part, and the
+parts are added; where each client has its own model, each of them is run over every client's part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from fedloom.data.batches import eval_batches
+from fedloom.data.federation import Federation
+from fedloom.data.tokens import pad_id_of
+from fedloom.evaluate.loss import add_metrics, loss_evaluation, mean_loss
+from fedloom.evaluate.scores import Scored, auto_score, mean_score, score_evaluation
+from fedloom.study.recipe import Recipe
+from fedloom.study.result import ArmResult, Scores, scores
+from fedloom.types import Adapter, Client, Evaluation, Metrics, Tree
+
+DEFAULT_NEW_TOKENS = 256
+
+OnScored = Callable[[str, Scored], None]  # the client whose row it is, what was answered
+
+
+class Measures(NamedTuple):
+    """The evaluations of a run. `own_*` give a client's metrics; `common` gives them per owner, as `OWNER/metric`."""
+
+    validation: Evaluation
+    own: Evaluation
+    common: Evaluation
+    score: str
+
+    def table(self) -> dict[str, Evaluation]:
+        """By name, as they are asked for over a wire."""
+        return {one.name: one for one in (self.validation, self.own, self.common)}
+
+
+def score_of(recipe: Recipe, federation: Federation) -> str:
+    """The name of the score: the recipe's, or what fits the data."""
+    wanted = recipe.evaluate.score
+    return auto_score(federation.task, federation.rows) if wanted == "auto" else wanted
+
+
+def measures(recipe: Recipe, federation: Federation, on_scored: OnScored | None = None) -> Measures:
+    """Evaluations over prepared data. Validation is scored only when the best checkpoint is chosen by score."""
+    score = score_of(recipe, federation)
+    pad_id = pad_id_of(federation.tokenizer)
+    task = federation.task
+    settings = recipe.evaluate
+    new_tokens = settings.max_new_tokens or (task.max_new_tokens if task is not None else DEFAULT_NEW_TOKENS)
+
+    def part(name: str, what: str, owner: str | None, scored: bool) -> Evaluation:
+        """Loss, and score if asked for, on `what` of the client itself or of `owner`."""
+
+        def examples(client: str):  # type: ignore[no-untyped-def]
+            return getattr(federation.clients[owner or client], what)
+
+        loss = loss_evaluation(
+            name, lambda client: eval_batches(examples(client), batch_size=settings.eval_batch_size, pad_id=pad_id)
+        )
+        if not scored:
+            return loss
+        told = on_scored
+        judged = score_evaluation(
+            name,
+            lambda client: [federation.rows[example.row] for example in examples(client)],
+            score,
+            federation.tokenizer,
+            max_new_tokens=new_tokens,
+            batch_size=settings.eval_batch_size,
+            chat_template=federation.chat_template,
+            limit=settings.limit,
+            on_scored=None if told is None else (lambda one: told(owner or one.client, one)),
+        )
+
+        def run(adapter: Adapter, tree_C: Tree, clients: Sequence[Client]) -> list[Metrics]:
+            pairs = zip(loss.run(adapter, tree_C, clients), judged.run(adapter, tree_C, clients), strict=True)
+            return [{**a, **b} for a, b in pairs]
+
+        return Evaluation(name, run)
+
+    scoring = score != "none"
+    owners = list(federation.clients)
+
+    def run_common(adapter: Adapter, tree_C: Tree, clients: Sequence[Client]) -> list[Metrics]:
+        rows: list[dict[str, float]] = [{} for _ in clients]
+        for number, owner in enumerate(owners):
+            found = part("common", "test", owner, scoring).run(adapter, tree_C, clients)
+            for row, metrics in zip(rows, found, strict=True):
+                row.update({f"{number}/{key}": value for key, value in metrics.items()})
+        return list(rows)
+
+    return Measures(
+        part("validation", "validation", None, scoring and settings.best_by == "score"),
+        part("own", "test", None, scoring),
+        Evaluation("common", run_common),
+        score,
+    )
+
+
+def one_model(per_client: Mapping[str, Metrics]) -> ArmResult:
+    """Scores of an arm with one model, from its metrics on each client's test set."""
+    total = add_metrics(per_client.values())
+    each = {client: mean_score(row) for client, row in per_client.items()}
+    common = scores(each, loss=_finite(mean_loss(total)), score=mean_score(total))
+    return {**common, "own_test": _plain_mean(per_client)}
+
+
+def model_each(per_model: Mapping[str, Metrics], owners: Sequence[str]) -> ArmResult:
+    """Scores of an arm with one model per client, from every model's metrics on every client's test set."""
+    by_owner: dict[str, dict[str, dict[str, float]]] = {}
+    for model, row in per_model.items():
+        parts: dict[str, dict[str, float]] = {}
+        for key, value in row.items():
+            number, _, name = key.partition("/")
+            parts.setdefault(owners[int(number)], {})[name] = value
+        by_owner[model] = parts
+    whole = {model: add_metrics(parts.values()) for model, parts in by_owner.items()}
+    losses = [mean_loss(row) for row in whole.values()]
+    common = scores(
+        {model: mean_score(row) for model, row in whole.items()}, loss=_finite(math.fsum(losses) / len(losses))
+    )
+    return {**common, "own_test": _plain_mean({model: parts[model] for model, parts in by_owner.items()})}
+
+
+def _plain_mean(per_client: Mapping[str, Metrics]) -> Scores:
+    """Each client's model on its own test set: the mean over clients, whatever their sizes."""
+    losses = [mean_loss(row) for row in per_client.values() if row.get("target_tokens") or row.get("nonfinite")]
+    mean = math.fsum(losses) / len(losses) if losses else math.nan
+    return scores({client: mean_score(row) for client, row in per_client.items()}, loss=_finite(mean))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

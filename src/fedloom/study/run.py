@@ -1,0 +1,513 @@
+"""The runner: arms one after the other, a checkpoint after each round, a result at the end; resumable at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from fedloom.data.batches import Batches
+from fedloom.errors import RunError, UserError
+from fedloom.evaluate.loss import add_metrics, mean_loss, require_finite
+from fedloom.evaluate.scores import mean_score
+from fedloom.rounds import federate, initial_state
+from fedloom.runtimes import batched
+from fedloom.study import checkpoint
+from fedloom.study.build import (
+    Clients,
+    algorithm_of,
+    population_of,
+    runtime_of,
+    sampling_of,
+    schedule_of,
+    width_of,
+)
+from fedloom.study.folder import RunFolder, temporary_beside
+from fedloom.study.measure import Measures, model_each, one_model
+from fedloom.study.progress import Display, Silent
+from fedloom.study.recipe import Recipe, resolved_json, resolved_yaml
+from fedloom.study.report import write_report
+from fedloom.study.result import ARMS, ArmCosts, Costs, build_result, versions
+from fedloom.study.session import (
+    Session,
+    make_base,
+    open_session,
+    peak_memory_bytes,
+    plan,
+    shown_prompt,
+    try_checkpoint,
+)
+from fedloom.types import Algorithm, Client, Metrics, RoundReport, Runtime, State
+
+log = logging.getLogger("fedloom")
+
+REPORT_SECONDS = 30.0  # the report is rewritten at most this often while a run goes on
+MAX_BAD_SHARE = 0.0  # of validation tokens whose loss is not finite
+
+
+@dataclass
+class Totals:
+    """What an arm has cost so far; saved with each checkpoint, so that a resumed run counts on."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    bytes_up: float = 0.0
+    bytes_down: float = 0.0
+    client_rounds: int = 0
+    failed: int = 0
+    best: float | None = None
+    best_round: int | None = None
+    last_val_loss: float | None = None
+
+    def count(self, report: RoundReport) -> None:
+        self.tokens += report.metrics["tokens"]
+        self.seconds += report.seconds
+        self.bytes_up += report.metrics["bytes_up"]
+        self.bytes_down += report.metrics["bytes_down"]
+        self.client_rounds += len(report.clients)
+        self.failed += len(report.failed)
+
+
+@dataclass
+class Stop:
+    """Asked for by Ctrl-C or SIGTERM: once is after this round, twice is now."""
+
+    asked: bool = False
+    hear: Display = field(default_factory=Silent)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.hear.message("stopping after this round; once more stops now")
+
+
+@contextlib.contextmanager
+def listening(stop: Stop) -> Iterator[None]:
+    """Route the two signals to `stop`, where this is possible (only a process's main thread may)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    source: str = "",
+    resume: Path | None = None,
+    smoke: bool = False,
+    display: Display | None = None,
+) -> Path:
+    """Run a recipe from its plan to its result; `resume` goes on with a run that was stopped or killed.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: something about the recipe, the model, the data or the folder; nothing was written.
+        RunError: the run could not go on (or was stopped, with exit code 130); what it had is kept and resumable.
+    """
+    display = display or Silent()
+    if resume is not None and (done := RunFolder.look(resume).read_result()) and done["status"] == "done":
+        display.message(f"{resume} is finished; nothing is left to do")
+        display.end(done)
+        return resume
+    path = resume or Path(recipe.output_dir + ("-smoke" if smoke else ""))
+    smoke = smoke or bool(resume is not None and RunFolder.look(resume).read_facts().get("smoke"))
+    session = open_session(recipe, smoke=smoke)
+    stop = Stop(hear=display)
+    if resume is None:
+        if smoke:  # a smoke run is for looking whether all works, so it never stands in the way of the next
+            path = _free(path)
+        folder = RunFolder.create(path, resolved_yaml(session.recipe))
+    else:
+        folder = RunFolder.resume(path)
+    with folder, listening(stop):
+        try:
+            return _Runner(session, folder, display, stop, source, smoke).go(resumed=resume is not None)
+        except KeyboardInterrupt:
+            raise _stopped(folder) from None
+        except RunError as error:
+            folder.log(f"failed: {error}")
+            if not error.hint and error.code != "run.stopped":
+                error.hint = f"what it had is kept; go on with: fedloom run --resume {folder.path}"
+            raise
+
+
+def _free(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, ... that is not there."""
+    number = 2
+    free = path
+    while free.exists():
+        free = path.with_name(f"{path.name}-{number}")
+        number += 1
+    return free
+
+
+def _stopped(folder: RunFolder) -> RunError:
+    folder.log("stopped")
+    return RunError(
+        "stopped",
+        hint=f"go on with: fedloom run --resume {folder.path}",
+        code="run.stopped",
+        exit_code=130,
+    )
+
+
+class _Runner:
+    """One run's state while it goes on."""
+
+    def __init__(
+        self, session: Session, folder: RunFolder, display: Display, stop: Stop, source: str, smoke: bool
+    ) -> None:
+        self.session, self.folder, self.display, self.stop, self.source = session, folder, display, stop, source
+        self.smoke = smoke
+        self.recipe = session.recipe
+        self.measures: Measures = session.measures()
+        self.reported = 0.0
+
+    def go(self, *, resumed: bool) -> Path:
+        arms: list[str] = [arm for arm in ARMS if arm in self.recipe.arms]
+        if not resumed or not self.folder.read_facts():
+            self._begin(arms)
+        else:
+            self._same_data()
+        self.folder.log("resumed" if resumed else f"started from {self.source or 'a program'}")
+        last = self.folder.checkpoints
+        done: dict[str, int] = {arm: (checkpoint.rounds(last(arm)) or [-1])[-1] for arm in arms}
+        self.folder.keep_rounds({**done, "base": 0} if self.folder.read_stage("base") else done)
+        for arm in arms:
+            if self.folder.read_stage(arm) is not None:
+                continue
+            self.display.arm(arm, 0 if arm == "base" else self.recipe.rounds)
+            if arm == "base":
+                self._base()
+            else:
+                self._train(arm)
+            self._report(force=True)
+        result = self._finish(arms)
+        self.display.end(result)
+        return self.folder.path
+
+    # ---- before round 1 ----------------------------------------------------------------------------------------------
+
+    def _begin(self, arms: Sequence[str]) -> None:
+        report = self.session.federation.report
+        planned = plan(self.session)
+        self.display.plan(planned.lines)
+        for line in shown_prompt(self.session):
+            self.display.message(line)
+        for note in report.notes:
+            self.display.message(f"note      {note}")
+        try_checkpoint(self.session, self.folder.path)
+        self.folder.write_facts(
+            {
+                "model": {
+                    "name": self.recipe.model,
+                    "dtype": planned.dtype,
+                    "total_parameters": planned.total_parameters,
+                    "trainable_parameters": planned.trainable_parameters,
+                },
+                "data": report.to_json(),
+                "data_digest": self.session.data_digest(),
+                "versions": versions(),
+                "arms": {arm: 0 if arm == "base" else self.recipe.rounds for arm in arms},
+                "started": time.time(),
+                "smoke": self.smoke,
+                "bytes_up": planned.bytes_up_per_client_round,
+                "bytes_down": planned.bytes_down_per_client_round,
+            }
+        )
+
+    def _same_data(self) -> None:
+        facts = self.folder.read_facts()
+        if facts.get("data_digest") != self.session.data_digest():
+            raise UserError(
+                f"the data of {self.folder.path} is not what the run began with "
+                f"({facts.get('data', {}).get('source', self.recipe.data.path)} has changed)",
+                hint="put the old file back, or start anew with another output_dir",
+                code="run.data_changed",
+            )
+        if facts.get("versions", {}).get("torch") != versions().get("torch"):
+            self.display.message(
+                f"note      the run began with torch {facts.get('versions', {}).get('torch')}, this is "
+                f"{versions().get('torch')}: the last digits may differ"
+            )
+
+    # ---- the arms ----------------------------------------------------------------------------------------------------
+
+    def _base(self) -> None:
+        algorithm = algorithm_of(self.recipe)
+        state = initial_state(algorithm, self.session.adapter, self.recipe.seed)
+        totals = Totals()
+        runtime = self._plain_runtime()
+        val = self._validate("base", algorithm, runtime, state, totals)
+        self._line("base", 0, None, totals, val)
+        self._stage("base", algorithm, runtime, state, totals)
+
+    def _plain_runtime(self) -> Runtime:
+        return batched(width_of(self.recipe, self.session.federation))
+
+    def _train(self, arm: str) -> None:
+        algorithm = algorithm_of(self.recipe, arm)
+        adapter, recipe, federation = self.session.adapter, self.recipe, self.session.federation
+        runtime = runtime_of(recipe, federation, arm, lambda: make_base(recipe), self.measures.table())
+        population = Watched(population_of(federation, recipe, arm), self.display)
+        state = initial_state(algorithm, adapter, recipe.seed)
+        saved = self.folder.checkpoints(arm)
+        totals = Totals()
+        if checkpoint.rounds(saved):
+            state, extra = checkpoint.load(saved, state)
+            totals = Totals(**{f.name: extra["totals"][f.name] for f in fields(Totals)})
+            self.folder.keep_rounds(self._rounds_kept(arm, state.round))
+        else:
+            val = self._validate(arm, algorithm, runtime, state, totals)
+            self._line(arm, 0, None, totals, val)
+            self._save(arm, state, totals, val)
+        population.starts(arm, len(sampling_of(recipe, arm, len(population.ids)).cohort(population.ids, 0, 0)))
+        every = recipe.evaluate.eval_rounds
+        for state, report in federate(  # noqa: B020  the state after the last round is used below
+            algorithm,
+            adapter,
+            runtime,
+            state,
+            population,
+            rounds=recipe.rounds,
+            sampling=sampling_of(recipe, arm, len(population.ids)),
+        ):
+            totals.count(report)
+            last = report.round == recipe.rounds
+            val = None
+            if last or (every and report.round % every == 0):
+                val = self._validate(arm, algorithm, runtime, state, totals)
+            self._line(arm, report.round, report, totals, val)
+            if last or val is not None or report.round % recipe.checkpoint.save_rounds == 0 or self.stop.asked:
+                self._save(arm, state, totals, val)
+            self._report()
+            if self.stop.asked and not last:
+                raise KeyboardInterrupt
+        self._stage(arm, algorithm, runtime, state, totals)
+        if self.stop.asked:
+            raise KeyboardInterrupt
+
+    def _rounds_kept(self, arm: str, round: int) -> dict[str, int]:
+        """Other arms' lines stay; this arm's end where its checkpoint is (an older one, if the last was damaged)."""
+        others = {line["arm"]: self.recipe.rounds for line in self.folder.read_rounds()}
+        return {**others, arm: round}
+
+    def _validate(
+        self, arm: str, algorithm: Algorithm, runtime: Runtime, state: State, totals: Totals
+    ) -> dict[str, float] | None:
+        """Summed validation metrics of all clients; None without validation rows."""
+        clients = [Client(one.id, ()) for one in self.session.federation.clients.values() if len(one.validation)]
+        if not clients:
+            return None
+        start = time.perf_counter()
+        self.display.advance(0, 1, f"{arm}: validation")
+        found = runtime.evaluate(algorithm, self.session.adapter, state, clients, self.measures.validation)
+        require_finite(found, f"validation after round {state.round}", limit=MAX_BAD_SHARE)
+        totals.evaluate_seconds += time.perf_counter() - start
+        return add_metrics(found.values())
+
+    def _save(self, arm: str, state: State, totals: Totals, val: dict[str, float] | None) -> None:
+        best = False
+        if val is not None:
+            score = mean_score(val) if self.recipe.evaluate.best_by == "score" else None
+            value = -score if score is not None else mean_loss(val)  # smaller is better
+            best = totals.best is None or value < totals.best
+            if best:
+                totals.best, totals.best_round = value, state.round
+            totals.last_val_loss = mean_loss(val)
+        extra = {"totals": asdict(totals), "arm": arm}
+        checkpoint.save(self.folder.checkpoints(arm), state, extra, self.recipe.checkpoint.save_total_limit, best)
+
+    def _line(
+        self, arm: str, round: int, report: RoundReport | None, totals: Totals, val: dict[str, float] | None
+    ) -> None:
+        line: dict[str, Any] = {
+            "arm": arm,
+            "round": round,
+            "rounds": 0 if arm == "base" else self.recipe.rounds,
+            "val_loss": mean_loss(val) if val is not None else None,
+            "score": mean_score(val) if val is not None else None,
+        }
+        if report is not None:
+            sent = arm == "federated"
+            done = max(1, len(report.clients))
+            line |= {
+                "cohort": len(report.cohort),
+                "clients": len(report.clients),
+                "failed": dict(report.failed),
+                "train_loss": mean_loss(report.metrics),
+                "bytes_up_per_client": report.metrics["bytes_up"] / done if sent else 0,
+                "bytes_down_per_client": report.metrics["bytes_down"] / done if sent else 0,
+                "tokens": int(report.metrics["tokens"]),
+                "seconds": report.seconds,
+                "tokens_per_second": report.metrics["tokens"] / max(report.seconds, 1e-9),
+                "slowest": self._slowest(report),
+                "learning_rate": self.recipe.client.learning_rate
+                * float(schedule_of(self.recipe)(torch.tensor([report.round - 0.5], dtype=torch.float64))),
+            }
+        self.folder.append_round(line)
+        self.display.round(line)
+
+    def _slowest(self, report: RoundReport) -> list[Any] | None:
+        """[client, its time over the median's]; only where each client is timed by itself."""
+        if self.recipe.runtime.kind == "batched" or len(report.clients) < 2:
+            return None
+        seconds = sorted((row["seconds"], client) for client, row in report.clients.items())
+        median = seconds[len(seconds) // 2][0]
+        return [seconds[-1][1], seconds[-1][0] / max(median, 1e-9)]
+
+    def _stage(self, arm: str, algorithm: Algorithm, runtime: Runtime, state: State, totals: Totals) -> None:
+        """Test the arm's outcome and note that it is done."""
+        start = time.perf_counter()
+        owners = list(self.session.owners)
+        clients = [Client(owner, ()) for owner in owners]
+        self.display.advance(0, 1, f"{arm}: test")
+        # the pooled model is everyone's model, so the global arm is evaluated like the base and the federated one
+        evaluation = self.measures.common if arm == "local" else self.measures.own
+        found: dict[str, Metrics] = {}
+        width = max(1, width_of(self.recipe, self.session.federation))
+        for first in range(0, len(clients), width):
+            block = clients[first : first + width]
+            found.update(runtime.evaluate(algorithm, self.session.adapter, state, block, evaluation))
+            self.display.advance(len(found), len(clients), f"{arm}: test")
+        outcome = model_each(found, owners) if arm == "local" else one_model(found)
+        totals.evaluate_seconds += time.perf_counter() - start
+        if arm == "federated" or (arm == "global" and "federated" not in self.recipe.arms):
+            self._export(state)
+        self.folder.write_stage(
+            arm,
+            {
+                "result": outcome,
+                "costs": self._arm_costs(arm, totals, state.round),
+                "failed_client_rounds": totals.failed,
+                "best_round": totals.best_round,
+            },
+        )
+
+    def _arm_costs(self, arm: str, totals: Totals, rounds: int) -> ArmCosts:
+        sent = totals.client_rounds if arm == "federated" else 0
+        return {
+            "bytes_up_per_client_round": totals.bytes_up / sent if sent else 0.0,
+            "bytes_down_per_client_round": totals.bytes_down / sent if sent else 0.0,
+            "train_tokens": int(totals.tokens),
+            "train_seconds": totals.seconds,
+            "tokens_per_second": totals.tokens / totals.seconds if totals.seconds else 0.0,
+            "evaluate_seconds": totals.evaluate_seconds,
+            "rounds": rounds,
+        }
+
+    def _export(self, state: State) -> None:
+        """The adapter folder appears whole or not at all."""
+        self.session.adapter.sync(state.base)
+        temporary = temporary_beside(self.folder.adapter)
+        try:
+            self.session.adapter.export(state.params, temporary)
+            if self.folder.adapter.exists():
+                shutil.rmtree(self.folder.adapter)
+            temporary.rename(self.folder.adapter)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def _finish(self, arms: Sequence[str]) -> Mapping[str, Any]:
+        stages = self.folder.read_stages()
+        facts = self.folder.read_facts()
+        per_arm = {arm: stages[arm]["costs"] for arm in arms}
+        main = next((arm for arm in ("federated", "global", "local", "base") if arm in stages), "base")
+        costs: Costs = {
+            "bytes_up_per_client_round": per_arm[main]["bytes_up_per_client_round"],
+            "bytes_down_per_client_round": per_arm[main]["bytes_down_per_client_round"],
+            "train_tokens": per_arm[main]["train_tokens"],
+            "train_seconds": per_arm[main]["train_seconds"],
+            "tokens_per_second": per_arm[main]["tokens_per_second"],
+            "peak_memory_bytes": peak_memory_bytes(),
+            "trainable_parameters": facts["model"]["trainable_parameters"],
+            "total_parameters": facts["model"]["total_parameters"],
+        }
+        report = self.session.federation.report
+        result = build_result(
+            seed=self.recipe.seed,
+            arms={arm: stages[arm]["result"] for arm in arms},
+            costs=costs,
+            costs_per_arm=per_arm,
+            data=report.to_json(),
+            model=facts["model"],
+            recipe=resolved_json(self.recipe),
+            skipped={
+                "rows": dict(report.left_out),
+                "answers_cut": report.cut,
+                "client_rounds_failed": {arm: stages[arm]["failed_client_rounds"] for arm in arms},
+            },
+        )
+        self.folder.write_result(result)
+        self.folder.log("done")
+        self._report(force=True)
+        return dict(result)
+
+    def _report(self, *, force: bool = False) -> None:
+        if force or time.monotonic() - self.reported > REPORT_SECONDS:
+            write_report(self.folder.path)
+            self.reported = time.monotonic()
+
+
+class Watched:
+    """A population whose batches tell the display when they are drawn, so that a round shows how far it is."""
+
+    def __init__(self, inner: Clients, display: Display) -> None:
+        self.inner, self.display = inner, display
+        self.ids = inner.ids
+        self.round = -1
+        self.done = self.total = 0
+        self.what = ""
+        self.cohort = 1
+
+    def starts(self, what: str, cohort: int) -> None:
+        self.what, self.cohort = what, cohort
+
+    def open(self, client: str, round: int) -> Client:
+        opened = self.inner.open(client, round)
+        if round != self.round:
+            self.round, self.done, self.total = round, 0, 0
+        self.total += len(opened.batches)
+        assert isinstance(opened.batches, Batches)
+        return opened._replace(batches=_Counted(opened.batches, self))
+
+    def drawn(self) -> None:
+        self.done += 1
+        self.display.advance(self.done, self.total, f"{self.what}: round {self.round + 1}")
+
+
+class _Counted(Sequence[Any]):
+    def __init__(self, batches: Batches, watched: Watched) -> None:
+        self.batches, self.watched = batches, watched
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: Any) -> Any:
+        self.watched.drawn()
+        return self.batches[number]
+
+
+__all__ = ["run_recipe"]

@@ -1,0 +1,318 @@
+"""What a run needs before its first round: host, base model, data, adapter, plan; and the checks that fail early."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from fedloom import tree
+from fedloom.data.batches import Batches, collate
+from fedloom.data.federation import Federation, prepare
+from fedloom.data.tokens import pad_id_of
+from fedloom.errors import RunError, UserError
+from fedloom.models.load import Base, load_base
+from fedloom.ops.host import tune_host
+from fedloom.rounds import initial_state
+from fedloom.runtimes.batched import train_block
+from fedloom.study import checkpoint
+from fedloom.study.build import (
+    adapter_of,
+    algorithm_of,
+    clients_per_round,
+    message_bytes,
+    population_of,
+    width_of,
+)
+from fedloom.study.measure import Measures, OnScored, measures
+from fedloom.study.progress import amount, byte_text, duration
+from fedloom.study.recipe import Recipe
+from fedloom.types import Adapter, Client, Site
+
+SMOKE_CLIENTS, SMOKE_ROWS, SMOKE_STEPS = 2, 8, 2
+
+
+def device_name() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_base(recipe: Recipe) -> Base:
+    """The recipe's base model, freshly loaded."""
+    return load_base(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, device=device_name())
+
+
+@dataclass
+class Session:
+    """A recipe with its model and data. Nothing has been written yet."""
+
+    recipe: Recipe
+    base: Base
+    federation: Federation
+    adapter: Adapter
+    threads: int
+
+    @property
+    def owners(self) -> Sequence[str]:
+        return list(self.federation.clients)
+
+    def measures(self, on_scored: OnScored | None = None) -> Measures:
+        return measures(self.recipe, self.federation, on_scored)
+
+    def data_digest(self) -> str:
+        """Of every token and who holds it, so that a resumed run is sure to see the same data."""
+        digest = hashlib.sha256()
+        for client in self.federation.clients.values():
+            digest.update(client.id.encode())
+            for part in (client.train, client.validation, client.test):
+                for example in part:
+                    digest.update(example.input_ids.tobytes())
+                    digest.update(example.labels.tobytes())
+                digest.update(b"|")
+        return digest.hexdigest()
+
+
+def open_session(recipe: Recipe, *, smoke: bool = False) -> Session:
+    """Load the model, prepare the data, put the adapter on.
+
+    Raises:
+        UserError: model, data, split or adapter are not as they should be; nothing was written.
+    """
+    host = tune_host(recipe.runtime.threads)
+    algorithm_of(recipe)  # a wrong composition is told before anything is loaded
+    base = make_base(recipe)
+    federation = prepare(recipe.data, recipe.split, base.tokenizer, recipe.seed)
+    _check_positions(base, recipe, federation)
+    if smoke:
+        federation = federation.small(SMOKE_CLIENTS, SMOKE_ROWS)
+        recipe = smoke_recipe(recipe)
+    _check_cohort(recipe, federation)
+    return Session(recipe, base, federation, adapter_of(base, recipe), host.threads)
+
+
+def smoke_recipe(recipe: Recipe) -> Recipe:
+    """One round of a few steps through every part that the recipe has."""
+    steps = {"local_steps": min(recipe.local_steps, SMOKE_STEPS)} if recipe.local_steps is not None else {}
+    return recipe.model_copy(
+        update={
+            "rounds": 1,
+            "clients_per_round": None,
+            "client": recipe.client.model_copy(update={"warmup_rounds": 0}),
+            "evaluate": recipe.evaluate.model_copy(update={"eval_rounds": 1}),
+            "runtime": recipe.runtime.model_copy(update={"client_dropout": 0.0}),
+            **steps,
+        }
+    )
+
+
+def _check_cohort(recipe: Recipe, federation: Federation) -> None:
+    wanted, there = recipe.clients_per_round, len(federation.clients)
+    if isinstance(wanted, int) and wanted > there:
+        raise UserError(
+            f"clients_per_round {wanted}, but the split has {there} clients: at most {there}",
+            hint=f"clients_per_round={there}, or a split with more clients",
+            code="recipe.clients_per_round",
+        )
+
+
+def _check_positions(base: Base, recipe: Recipe, federation: Federation) -> None:
+    positions = getattr(base.model.config, "max_position_embeddings", None)
+    longest = max(int(federation.pooled(part).lengths.max(initial=0)) for part in ("train", "validation", "test"))
+    if isinstance(positions, int) and longest > positions:
+        raise UserError(
+            f"the longest example has {longest} tokens, but {recipe.model} has {positions} positions",
+            hint=f"data.max_length={positions}",
+            code="data.max_length",
+        )
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What a run will do and cost, found without training. Bytes are exact; memory and time come from a short probe."""
+
+    model: str
+    dtype: str
+    dtype_reason: str
+    device: str
+    threads: int
+    total_parameters: int
+    trainable_parameters: int
+    adapter: str
+    method: str
+    clients: int
+    clients_per_round: int
+    rounds: int
+    steps_per_round: int
+    rows: dict[str, int]
+    tokens: dict[str, int]
+    bytes_up_per_client_round: int
+    bytes_down_per_client_round: int
+    bytes_total: int
+    score: str
+    arms: list[str]
+    clients_per_batch: int
+    data: str
+    tokens_per_second: float | None
+    train_seconds: float | None
+    peak_memory_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def lines(self) -> list[str]:
+        """For people."""
+        share = 100 * self.trainable_parameters / self.total_parameters
+        lines = [
+            f"model     {self.model}, {amount(self.total_parameters)} parameters, {self.dtype_reason}; {self.device}"
+            + (f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device == "cpu" else ""),
+            f"adapter   {self.adapter}: {amount(self.trainable_parameters)} trainable parameters ({share:.2f} %)",
+            f"data      {self.data}",
+            f"tokens    {amount(self.tokens['train'])} to train on, {amount(self.tokens['train_target'])} with loss; "
+            f"{amount(self.tokens['test'])} to test on; score: {self.score}",
+            f"work      {self.method}: {self.rounds} rounds x {self.clients_per_round} of {self.clients} clients x "
+            f"{self.steps_per_round} steps; arms: {', '.join(self.arms)}",
+            f"bytes     up {byte_text(self.bytes_up_per_client_round)}, down "
+            f"{byte_text(self.bytes_down_per_client_round)} per client and round; "
+            f"{byte_text(self.bytes_total)} in all",
+        ]
+        if self.train_seconds is not None and self.tokens_per_second is not None:
+            lines.append(
+                f"time      about {duration(self.train_seconds)} of training at {amount(self.tokens_per_second)} "
+                f"tokens/s; memory so far {byte_text(self.peak_memory_bytes)}"
+            )
+        return lines
+
+
+def plan(session: Session, *, probe: bool = True) -> PlanReport:
+    """What the session's run will do and cost.
+
+    `probe` times a step with typical batches, after one with the longest row in every place: what does not fit in
+    memory, or has no gradient, fails here and not at night.
+    """
+    recipe, federation, adapter = session.recipe, session.federation, session.adapter
+    algorithm = algorithm_of(recipe)
+    state = initial_state(algorithm, adapter, recipe.seed)
+    population = population_of(federation, recipe, "federated")
+    ids = population.ids
+    up, down = message_bytes(algorithm, adapter, state, Client(ids[0], ()))
+    cohort = clients_per_round(recipe, len(ids)) or len(ids)
+    steps = [len(population.batches(client, 0)) for client in ids]
+    speed = _probe(session) if probe else None
+    report = federation.report
+    seconds = None
+    if speed is not None:
+        per_round = sum(population.batches(client, 0).num_tokens for client in ids) / len(ids) * cohort
+        local = len(ids) / cohort  # the local arm trains everyone in every round
+        arms = sum({"federated": 1.0, "global": 1.0, "local": local}.get(arm, 0.0) for arm in recipe.arms)
+        seconds = per_round * recipe.rounds * arms / speed
+    return PlanReport(
+        model=recipe.model,
+        dtype=str(session.base.dtype).removeprefix("torch."),
+        dtype_reason=session.base.dtype_reason,
+        device=session.base.device.type,
+        threads=session.threads,
+        total_parameters=session.base.num_parameters,
+        trainable_parameters=tree.num_elements(state.params),
+        adapter=f"{recipe.adapter.kind} r {recipe.adapter.lora_r}",
+        method=recipe.method,
+        clients=len(ids),
+        clients_per_round=cohort,
+        rounds=recipe.rounds,
+        steps_per_round=round(sum(steps) / len(steps)),
+        rows={part: len(federation.pooled(part)) for part in ("train", "validation", "test")},
+        tokens=dict(report.tokens),
+        bytes_up_per_client_round=up,
+        bytes_down_per_client_round=down,
+        bytes_total=(up + down) * cohort * recipe.rounds,
+        score=session.measures().score,
+        arms=list(recipe.arms),
+        clients_per_batch=width_of(recipe, federation) if recipe.runtime.kind == "batched" else 1,
+        data=report.said,
+        tokens_per_second=speed,
+        train_seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def _probe(session: Session) -> float:
+    """Tokens per second of one block of clients, after the longest row has been through."""
+    recipe, federation, adapter = session.recipe, session.federation, session.adapter
+    algorithm = algorithm_of(recipe)
+    state = initial_state(algorithm, adapter, recipe.seed)
+    population = population_of(federation, recipe, "federated")
+    width = width_of(recipe, federation) if recipe.runtime.kind == "batched" else 1
+    ids = list(population.ids)[:width]
+    train = federation.pooled("train")
+    size = recipe.client.per_device_train_batch_size * recipe.client.gradient_accumulation_steps
+    worst = collate([train[int(train.lengths.argmax())]] * size, pad_id_of(federation.tokenizer))
+
+    def run(batches: dict[str, Sequence[Any]]) -> float:
+        block = [Client(client, batches[client]) for client in ids]
+        sites = [Site(recipe.seed, 0, client, tuple(ids)) for client in ids]
+        start = time.perf_counter()
+        for _, _, metrics in train_block(algorithm, adapter, state, block, sites):
+            if isinstance(metrics, RunError):
+                raise metrics
+        return time.perf_counter() - start
+
+    try:
+        run({client: [worst] for client in ids})
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"out of memory with the longest row ({int(train.lengths.max())} tokens) in every place of "
+            f"{len(ids)} x {recipe.client.per_device_train_batch_size} rows",
+            hint="lower runtime.clients_per_batch, client.per_device_train_batch_size or data.max_length",
+            code="run.memory",
+        ) from error
+    typical: dict[str, Batches] = {client: population.batches(client, 0)[:2] for client in ids}
+    tokens = sum(batches.num_tokens for batches in typical.values())
+    return tokens / max(run(dict(typical)), 1e-6)
+
+
+def peak_memory_bytes() -> int:
+    """Of the accelerator where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def try_checkpoint(session: Session, folder: Path) -> None:
+    """Write the first state as a checkpoint and read it back.
+
+    Raises:
+        RunError: it cannot be written where the run will lie, or does not come back as it was.
+    """
+    state = initial_state(algorithm_of(session.recipe), session.adapter, session.recipe.seed)
+    with TemporaryDirectory(dir=folder, prefix=".try-") as place:
+        checkpoint.save(Path(place) / "try", state, {"try": True}, 1, False)
+        back, _ = checkpoint.load(Path(place) / "try", state)
+    same = all(torch.equal(back.params[name], leaf) for name, leaf in state.params.items())
+    if not same:
+        raise RunError("a checkpoint does not come back as it was written", code="checkpoint.check")
+
+
+def shown_prompt(session: Session) -> list[str]:
+    """One training example as the model will see it, with what ends it."""
+    federation = session.federation
+    first = next(iter(federation.clients.values())).train[0]
+    pieces = federation.preview(first)
+    prompt = "".join(text for text, shade in pieces if shade == "masked")
+    answer = "".join(text for text, shade in pieces if shade == "trained")
+
+    def short(text: str) -> str:
+        return text if len(text) <= 300 else text[:150] + " [...] " + text[-150:]
+
+    return [f"prompt    {short(prompt)!r}", f"answer    {short(answer)!r} (stops at {federation.report.stop})"]

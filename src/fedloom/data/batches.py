@@ -6,7 +6,8 @@ epoch or round, and the client, so no round needs another's, and no client needs
 
 Padding is what costs, twice over. Inside a client, windows of an epoch are sorted by length, so that a batch holds
 similar lengths. Between clients, who step together, the batches of one round are put in an order that all share: step j
-has the same rank of length at every client, while lengths still come in random order over the round.
+has the same rank of length at every client, while lengths still come in random order over the round. So that equal
+ranks mean equal lengths, an epoch's batches are ordered such that every stretch of them spreads over all its lengths.
 
 Shapes: B examples, T tokens of the longest one.
 """
@@ -150,7 +151,24 @@ def _epoch(
         place = int(rng.integers(last_window, len(edges) + 1))
         edges[place:] -= batch_size - short
     batches = np.split(order, edges)
-    return [batches[place] for place in rng.permutation(len(batches))]
+    by_length = np.argsort([lengths[places].max() for places in batches], kind="stable")
+    return [batches[int(by_length[rank])] for rank in _spread(len(batches), rng)]
+
+
+def _spread(number: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """A random order of 0 ... number - 1 in which every stretch is spread evenly over the whole range.
+
+    Low and high halves alternate, and so do the halves' halves among themselves, which of two comes first being drawn:
+    bit reversal, scrambled. The batches of one round are then alike in length from client to client, not by luck.
+    """
+    nodes = np.arange(1 << max(0, number - 1).bit_length(), dtype=np.int64)[:, None]
+    while len(nodes) > 1:
+        low, high = nodes[0::2], nodes[1::2]
+        swap = rng.integers(0, 2, size=(len(low), 1), dtype=np.int64).astype(np.bool_)
+        pairs = np.stack([np.where(swap, high, low), np.where(swap, low, high)], axis=2)
+        nodes = pairs.reshape(len(low), -1)
+    order = nodes[0]
+    return order[order < number]
 
 
 def _aligned(

@@ -540,7 +540,7 @@ def _recognise(
     where: str, sample: Sequence[Mapping[str, Any]], type: str, columns: Mapping[str, str] | None
 ) -> _Layout:
     """Decide from the first rows what they are."""
-    filled = {name for row in sample for name, value in row.items() if not _is_null(value)}
+    filled = {name for row in sample for name, value in row.items() if not (_is_null(value) or value == "")}
     there = {name: None for row in sample for name in row}  # ordered as first met
     renamed = dict(columns or {})
     for name, column in renamed.items():

@@ -2,9 +2,10 @@
 
 The prompt of training and the prompt of generation come from the same functions here, so they cannot drift apart.
 
-The Alpaca layout ends in "### Response:" and a line break, as alpaca-lora and most trainers since write it, and the answer
-is tokenised on its own. No space is put between them: tokenizers that begin every text with a space (SentencePiece) give
-"▁The", byte-level ones "The". At generation the answer begins the same way; `strip()` it before comparing.
+The Alpaca layout ends in "### Response:" and a line break, as alpaca-lora and most trainers since write it, and the
+answer is tokenised on its own. No space is put between them: tokenizers that begin every text with a space
+(SentencePiece) give "▁The", byte-level ones "The". At generation the answer begins the same way; `strip()` it before
+comparing.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ __all__ = [
     "Words",
     "as_mapping",
     "be_quiet",
+    "hear_warnings",
     "out",
     "print_data",
     "read_words",
@@ -31,6 +33,7 @@ __all__ = [
     "render",
     "say",
     "table",
+    "without_data_notes",
 ]
 
 
@@ -127,6 +130,25 @@ def be_quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+class _Warnings(logging.Handler):
+    """Warnings of the package for people, on whatever standard error is at that moment (a live display has its own)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{'warning' if record.levelno < logging.ERROR else 'error'}: {record.getMessage()}")
+
+
+def hear_warnings() -> None:
+    """Print what the package warns of."""
+    logger = logging.getLogger("fedloom")
+    if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
+        logger.addHandler(_Warnings(logging.WARNING))
+
+
+def without_data_notes() -> None:
+    """For commands that show the data report's notes themselves."""
+    logging.getLogger("fedloom.data.federation").setLevel(logging.ERROR)
 
 
 def render(error: FedloomError) -> str:

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedloom.cli.common import WORDS, FormatOption, OutputFormat, Words, out, print_data, read_words, say
+from fedloom.cli.common import (
+    WORDS,
+    FormatOption,
+    OutputFormat,
+    Words,
+    out,
+    print_data,
+    read_words,
+    say,
+    without_data_notes,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,6 +79,7 @@ def preview(
     from fedloom.data.federation import prepare
     from fedloom.models.load import load_tokenizer
 
+    without_data_notes()  # they are part of what is shown
     recipe = loaded.recipe
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     federation = prepare(recipe.data, recipe.split, tokenizer, recipe.seed)
@@ -107,7 +118,8 @@ def _show_clients(console: Console, report: DataReport, recipe: Recipe) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console.print(Text(f"{report.source}: read as {report.read_as}, {report.rows_read:,} rows; {report.said}"))
+    head = Text(f"{report.source}: read as {report.read_as}, {report.rows_read:,} rows; {report.said}")
+    console.print(head, soft_wrap=True)
     categories = list(dict.fromkeys(name for client in report.clients for name in client.categories))
     colours = {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(sorted(categories))}
     most = max((client.train + client.validation + client.test for client in report.clients), default=1)
@@ -132,13 +144,11 @@ def _show_clients(console: Console, report: DataReport, recipe: Recipe) -> None:
     if len(report.clients) > MOST_CLIENTS:
         console.print(Text(f"and {len(report.clients) - MOST_CLIENTS:,} more clients"))
     lengths = ", ".join(f"{name} {value:,}" for name, value in report.lengths.items())
-    console.print(
-        Text(f"tokens per row: {lengths}; data.max_length {recipe.data.max_length:,}; {report.cut:,} rows cut")
-    )
-    for reason, count in report.left_out.items():
-        console.print(Text(f"left out: {count:,} rows: {reason}"))
-    for note in report.notes:
-        console.print(Text(f"note: {note}"))
+    lines = [f"tokens per row: {lengths}; data.max_length {recipe.data.max_length:,}; {report.cut:,} rows cut"]
+    lines += [f"left out: {count:,} rows: {reason}" for reason, count in report.left_out.items()]
+    lines += [f"note: {note}" for note in report.notes]
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
 
 
 def _show_example(console: Console, federation: Federation, place: int) -> None:

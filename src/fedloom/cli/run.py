@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedloom.cli.common import WORDS, FormatOption, OutputFormat, Words, print_data, read_words, say
+from fedloom.cli.common import WORDS, FormatOption, OutputFormat, Words, print_data, read_words, say, without_data_notes
 from fedloom.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def _go(loaded: Loaded, output: OutputFormat, *, resume: Path | None = None, smo
     from fedloom.study.folder import RunFolder
     from fedloom.study.run import run_recipe
 
+    without_data_notes()  # the run says them itself
     with RichDisplay() as display:
         folder = run_recipe(loaded.recipe, source=loaded.source, resume=resume, smoke=smoke, display=display)
     result = RunFolder.look(folder).read_result()

@@ -63,6 +63,10 @@ def test_a_folder_is_loaded_frozen_and_whole(saved: Path) -> None:
     assert base.model.config._attn_implementation == "sdpa"
 
 
+def test_bfloat16_on_a_processor_takes_the_fast_attention(saved: Path) -> None:
+    assert load_base(str(saved), dtype="bfloat16").model.config._attn_implementation == "fedloom_cpu"
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float64", torch.float64)]
 )

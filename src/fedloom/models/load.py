@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from fedloom.errors import UserError
+from fedloom.ops.attention import use_fast_attention
 
 __all__ = [
     "BUILTIN",
@@ -95,6 +96,7 @@ def load_base(
     _check_vocabulary(model, tokenizer, name)
     model = model.to(device)
     _freeze(model)
+    use_fast_attention(model)
     count = sum(parameter.numel() for parameter in model.parameters())
     return Base(model, tokenizer, name, wanted, count, folder=str(source), dtype_reason=reason)
 

@@ -89,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(args=words, prog_name="fedloom", standalone_mode=False)
         sys.stdout.flush()
+        if code == STOPPED:  # typer makes an exit code of the first Ctrl-C
+            say("fedloom: stopped")
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         if debug:
@@ -101,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(_wrong_usage(error), debug)
     except BrokenPipeError:  # `fedloom ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1
     except OSError as error:
         return _failed(_wrong_system(error), debug)
     except MemoryError as error:

@@ -17,8 +17,9 @@ from fedloom.errors import UserError
 
 if TYPE_CHECKING:
     from fedloom.data.rows import Source
+    from fedloom.study.load import Override
 
-__all__ = ["recipe_for", "register"]
+__all__ = ["put", "recipe_for", "register"]
 
 MOST_CLIENTS = 50  # more categories than this are seldom meant as one client each
 USUAL_LENGTH = 1024
@@ -31,9 +32,13 @@ def register(app: typer.Typer) -> None:
 
 
 def init(
-    data: Annotated[
-        str | None,
-        typer.Argument(metavar="[DATA]", show_default=False, help="A file, a folder, a hub id or builtin:NAME."),
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[DATA] [KEY=VALUE]...",
+            show_default=False,
+            help="A file, a folder, a hub id or builtin:NAME; and keys of the recipe, data.columns.output=answer say.",
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -49,16 +54,26 @@ def init(
     ] = None,
 ) -> None:
     """Write a commented recipe for your data, or from a TRL or Axolotl file."""
-    if source is not None:
-        target = output or Path(f"fed_{source.stem}.yaml")
-        _not_there(target)
-        text, notes = _translated(source, data, model, target)
-    elif data is None:
+    from fedloom.study.load import split_words, validate_text
+
+    overrides, names = split_words(words or [])
+    if len(names) > 1:
+        raise UserError(
+            f"init takes one data file, and there are {len(names)}: {', '.join(names)}", code="cli.too_many"
+        )
+    data = names[0] if names else None
+    if source is None and data is None:
         raise UserError("init needs a data file", "fedloom init DATA --model M", "cli.missing_argument")
+    target = output or Path(f"fed_{source.stem}.yaml" if source is not None else f"{_name_of(data or '')}.yaml")
+    _not_there(target)
+    if source is not None:
+        text, notes = _translated(source, data, model)
     else:
-        target = output or Path(f"{_name_of(data)}.yaml")
-        _not_there(target)
-        text, notes = _inspected(data, model, target)
+        text, notes = _inspected(data or "", model, target.stem, overrides)
+    for override in overrides:
+        text = put(text, override.key, override.value)
+    text = f"{schema_comment(target)}\n{text}"
+    validate_text(text, source=str(target), name=target.stem)
     write_new(target, text)
     for note in notes:
         say(note)
@@ -77,18 +92,15 @@ def _name_of(data: str) -> str:
     return re.sub(r"[^\w-]+", "_", stem).strip("_") or "recipe"
 
 
-def _translated(source: Path, data: str | None, model: str | None, target: Path) -> tuple[str, list[str]]:
+def _translated(source: Path, data: str | None, model: str | None) -> tuple[str, list[str]]:
     from fedloom.study.foreign import translate
-    from fedloom.study.load import validate_text
+    from fedloom.study.recipe import yaml_value
 
     translated = translate(source)
-    replaced = [f"{key}={value}" for key, value in (("model", model), ("data.path", data)) if value is not None]
-    text = f"{schema_comment(target)}\n{translated.text}"
-    for override in replaced:
-        key, _, value = override.partition("=")
-        text = _replace_value(text, key, value)
-    validate_text(text, source=str(target), name=target.stem)
-    notes = [f"read as {translated.tool}"]
+    text = translated.text
+    for key, value in (("model", model), ("data.path", data)):
+        text = text if value is None else put(text, key, yaml_value(value))
+    notes = [f"{source}: read as {translated.tool}"]
     notes += [f"  {theirs} -> {ours}" for theirs, ours in translated.taken]
     if translated.dropped:
         notes.append(f"dropped {len(translated.dropped)}:")
@@ -96,18 +108,34 @@ def _translated(source: Path, data: str | None, model: str | None, target: Path)
     return text, notes
 
 
-def _replace_value(text: str, key: str, value: str) -> str:
-    """Put another value behind a key of the text that `translate` wrote."""
-    from fedloom.study.recipe import yaml_value
+def put(text: str, name: str, value: str) -> str:
+    """The recipe's text with this key set to a value (as YAML), in place of the one it has or where it belongs."""
+    from fedloom.study.load import find_key
 
-    leaf = key.rpartition(".")[2]
-    indent = "  " if "." in key else ""
-    return re.sub(rf"(?m)^{indent}{leaf}: .*$", lambda _: f"{indent}{leaf}: {yaml_value(value)}", text, count=1)
+    if name.startswith("data.columns."):
+        there = re.search(r"(?m)^  columns: \{(.+)\}", text)
+        columns = dict(pair.split(": ", 1) for pair in there[1].split(", ")) if there else {}
+        columns[name.removeprefix("data.columns.")] = value
+        name, value = "data.columns", f"{{{', '.join(f'{ours}: {theirs}' for ours, theirs in columns.items())}}}"
+    block, _, leaf = find_key(name).rpartition(".")
+    line = f"{'  ' if block else ''}{leaf}: {value}"
+    start, end = 0, len(text)
+    if block:
+        header = re.search(rf"(?m)^{block}:.*\n", text)
+        if header is None:
+            return f"{text}{block}:\n{line}\n"
+        start = header.end()
+        following = re.compile(r"(?m)^\S").search(text, start)
+        end = following.start() if following else len(text)
+    pattern = rf"(?m)^{'  ' if block else ''}{leaf}:.*$"
+    part, found = re.subn(pattern, lambda _: line, text[start:end], count=1)
+    if not found:
+        part = f"{line}\n{part}" if block else f"{part}{line}\n"
+    return text[:start] + part + text[end:]
 
 
-def _inspected(data: str, model: str | None, target: Path) -> tuple[str, list[str]]:
+def _inspected(data: str, model: str | None, name: str, overrides: Sequence[Override]) -> tuple[str, list[str]]:
     from fedloom.data.rows import read
-    from fedloom.study.load import validate_text
 
     if model is None:
         raise UserError(
@@ -115,11 +143,15 @@ def _inspected(data: str, model: str | None, target: Path) -> tuple[str, list[st
             f"fedloom init {data} --model FOLDER-OR-HUB-ID    # builtin is the small one that comes with fedloom",
             "cli.missing_argument",
         )
+    kind = next((override.value for override in overrides if override.key in ("data.type", "type")), "auto")
+    columns = {
+        override.key.removeprefix("data.columns."): override.value
+        for override in overrides
+        if override.key.startswith("data.columns.")
+    }
     tests = _test_file(Path(data))
-    rows = read(data, exclude=[] if tests is None else [str(tests)])
-    text = f"{schema_comment(target)}\n{recipe_for(rows, data, model, target.stem, tests)}"
-    validate_text(text, source=str(target), name=target.stem)
-    return text, [f"{data}: {rows.said}", *rows.notes]
+    rows = read(data, type=kind, columns=columns, exclude=[] if tests is None else [str(tests)])
+    return recipe_for(rows, data, model, name, tests), [f"{data}: {rows.said}", *rows.notes]
 
 
 def _test_file(folder: Path) -> Path | None:
@@ -160,7 +192,7 @@ def recipe_for(source: Source, data: str, model: str, name: str, tests: Path | N
     ]
     if not builtin:
         lines.append(f"  type: {source.kind}" + _columns_note(source))
-        renamed = {field: column for field, column in source.columns.items() if field != column and field != "category"}
+        renamed = {field: column for field, column in source.columns.items() if field != column}
         if renamed:
             lines.append(f"  columns: {yaml_value(dict(renamed))}")
     lines.append(f"  max_length: {length}".ljust(32) + f"# tokens of prompt and answer; {length_note}")

@@ -74,7 +74,7 @@ def preview(
     examples: Annotated[int, typer.Option(min=0, help="Tokenised examples to show.")] = 1,
     output: FormatOption = OutputFormat.text,
 ) -> None:
-    """What the model would see: rows per client, one example in colour."""
+    """What the model would see: rows per client, an example in colour."""
     loaded = read_words(words, "preview")
     from fedloom.data.federation import prepare
     from fedloom.models.load import load_tokenizer

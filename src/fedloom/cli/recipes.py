@@ -21,7 +21,7 @@ from fedloom.cli.common import (
     say,
     table,
 )
-from fedloom.errors import UserError, suggest
+from fedloom.errors import FedloomError, UserError, suggest
 
 __all__ = ["register", "schema_comment"]
 
@@ -141,8 +141,8 @@ def _runs() -> list[dict[str, Any]]:
         if folder.result.is_file():
             try:
                 result = folder.read_result()
-            except (OSError, ValueError) as error:
-                about = f"result.json cannot be read: {error}"
+            except (FedloomError, OSError, ValueError):
+                state, about = "damaged", "result.json cannot be read"
         if result is not None:
             state = str(result.get("status", "done"))
             arms = result.get("arms", {})

@@ -148,6 +148,12 @@ def test_a_test_file_is_dealt_by_the_same_key(tmp_path: Path, path: str) -> None
     adds_up(federation)
 
 
+def test_a_test_file_of_other_categories_is_refused(tmp_path: Path, path: str) -> None:
+    tests = write(tmp_path / "test.jsonl", alpaca_rows(20, ["pink"], first=500))
+    words = ("none of its 20 rows", "they have pink", "the clients black, blue, green, red")
+    fails(Data(path, tests), Split("by_category", None), "split.no_test", *words)
+
+
 def test_a_test_file_is_dealt_at_random_otherwise(tmp_path: Path, path: str) -> None:
     tests = write(tmp_path / "test.jsonl", alpaca_rows(20, first=500))
     for split in (Split("iid", 3), Split("dirichlet", 3, 1.0)):

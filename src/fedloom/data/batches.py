@@ -123,9 +123,10 @@ def round_batches(
     first = round * steps
     plan: list[NDArray[np.int64]] = []
     for epoch in range(first // per_epoch, (first + steps - 1) // per_epoch + 1):
-        batches = _epoch(lengths, batch_size, seed, epoch, client, bucket)
+        order, edges, sequence = _epoch(lengths, batch_size, seed, epoch, client, bucket)
         begin = epoch * per_epoch
-        plan += batches[max(0, first - begin) : first + steps - begin]
+        for place in sequence[max(0, first - begin) : first + steps - begin].tolist():
+            plan.append(order[edges[place] : edges[place + 1]])
     if bucket:
         # Whole epochs keep their order: nothing of the second comes before the first is through.
         stretch = steps if num_steps is not None else per_epoch
@@ -135,24 +136,27 @@ def round_batches(
 
 def _epoch(
     lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int, client: str, bucket: bool
-) -> list[NDArray[np.int64]]:
-    """The batches of one epoch, in their order."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """One epoch: its examples, the edges of its batches in them, and the order in which the batches come.
+
+    Batch k is `examples[edges[k] : edges[k + 1]]`. Arrays, as an epoch may have a million batches and a round thirty.
+    """
     rng = np.random.Generator(np.random.PCG64(seed_of(seed, epoch, client, "order")))
-    order = rng.permutation(len(lengths))
+    number = len(lengths)
+    order = rng.permutation(number)
+    num_batches = steps_per_epoch(number, batch_size)
+    edges = np.minimum(np.arange(num_batches + 1) * batch_size, number)
     if not bucket:
-        return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    window = np.arange(len(order)) // (WINDOW * batch_size)
+        return order, edges, np.arange(num_batches)
+    window = np.arange(number) // (WINDOW * batch_size)
     order = order[np.lexsort((lengths[order], window))]
-    edges = np.arange(batch_size, len(order), batch_size)
-    short = len(order) % batch_size
-    if short and len(edges):
+    short = number % batch_size
+    if short:
         # The smaller batch may be any of the last window, or the longest rows would always be the ones in it.
-        last_window = int(window[-1]) * WINDOW
-        place = int(rng.integers(last_window, len(edges) + 1))
-        edges[place:] -= batch_size - short
-    batches = np.split(order, edges)
-    by_length = np.argsort([lengths[places].max() for places in batches], kind="stable")
-    return [batches[int(by_length[rank])] for rank in _spread(len(batches), rng)]
+        place = int(rng.integers(int(window[-1]) * WINDOW, num_batches))
+        edges[place + 1 : -1] -= batch_size - short
+    longest = np.maximum.reduceat(lengths[order], edges[:-1])
+    return order, edges, np.argsort(longest, kind="stable")[_spread(num_batches, rng)]
 
 
 def _spread(number: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -167,7 +171,7 @@ def _spread(number: int, rng: np.random.Generator) -> NDArray[np.int64]:
         swap = rng.integers(0, 2, size=(len(low), 1), dtype=np.int64).astype(np.bool_)
         pairs = np.stack([np.where(swap, high, low), np.where(swap, low, high)], axis=2)
         nodes = pairs.reshape(len(low), -1)
-    order = nodes[0]
+    order: NDArray[np.int64] = nodes[0]
     return order[order < number]
 
 

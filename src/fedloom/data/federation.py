@@ -203,7 +203,7 @@ def prepare(data: DataSettings, split: SplitSettings, tokenizer: Tokenizer, seed
             raise UserError(f"data.path reads as {source.kind}, but data.test_path as {tests.kind}", code="data.mixed")
 
     plan = _plan(data, split, kind, source, tests, seed)
-    content = [row_key(row) for row in plan.rows]
+    content = plan.content
     plan.parts, crossing = _without_crossing(plan.parts, content)
     if crossing:
         plan.left_out["exact duplicate of a validation or test row"] += crossing
@@ -257,6 +257,7 @@ class _Plan:
     left_out: Counter[str]
     notes: list[str]
     keys: Sequence[str | None]  # the category of each row, for the report
+    content: Sequence[bytes]  # equal for exact duplicates
 
 
 def _plan(
@@ -281,7 +282,7 @@ def _plan(
     val_size, test_size = _sizes(data)
     if given:
         test_size = 0
-    content = [row_key(row) for row in train_rows]
+    content = [row_key(row) for row in rows]
 
     def divide(groups: Groups) -> dict[str, Parts]:
         rows_of = {name: len(members) for name, members in groups.items()}
@@ -313,7 +314,7 @@ def _plan(
             for name, own in parts.items()
         }
     keys = [row.get("category") if split.column is None else _plain(row, split.column) for row in rows]
-    return _Plan(rows, parts, left_out, notes, keys)
+    return _Plan(rows, parts, left_out, notes, keys, content)
 
 
 def _plain(row: Row, column: str) -> str | None:
@@ -338,7 +339,8 @@ def _natural(split: SplitSettings, source: Source, left_out: Counter[str], notes
         gone = list(parts)[split.clients :]
         left_out["client left out by split.clients"] += sum(len(part) for name in gone for part in parts[name])
         parts = {name: own for name, own in parts.items() if name not in gone}
-    return _Plan(source.rows, parts, left_out, notes, [row.get("category") for row in source.rows])
+    keys = [row.get("category") for row in source.rows]
+    return _Plan(source.rows, parts, left_out, notes, keys, [row_key(row) for row in source.rows])
 
 
 def _groups(split: SplitSettings, kind: str, rows: Sequence[Row], seed: int, divide: Any) -> tuple[Groups, int]:
@@ -397,6 +399,14 @@ def _deal_tests(
             homeless += 1
         else:
             dealt[home[key]].append(number)
+    if homeless == len(tests):
+        listed, known = (", ".join(sorted({str(one) for one in some})[:8]) for some in (keys, home))
+        raise UserError(
+            f"data.test_path: none of its {homeless:,} rows belongs to a client "
+            f"(they have {listed}; the clients {known})",
+            hint="leave data.test_path out, and each client's tests are taken from its own rows",
+            code="split.no_test",
+        )
     return dealt, homeless
 
 

@@ -472,6 +472,7 @@ def _gather(
     dropped: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     layouts: dict[str, _Layout] = {}
+    shared: dict[tuple[str, ...], tuple[str, ...]] = {}
     read = 0
     for place, (name, open_rows) in enumerate(openers):
         # Of several files the same number from each: the first file alone may be a single client.
@@ -495,6 +496,9 @@ def _gather(
         for where, value in itertools.chain(sample, raw):
             read += 1
             _check_object(where, value)
+            # A parser makes new strings for the names of every row; a million rows can share one set of them.
+            names = tuple(value)
+            value = dict(zip(shared.setdefault(names, names), value.values(), strict=True))
             try:
                 row = _normalise(where, value, layout, notes)
             except _DropError as reason:

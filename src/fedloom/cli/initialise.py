@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedloom.cli.common import out, relative, say
+from fedloom.cli.common import WORDS, out, relative, say
 from fedloom.cli.recipes import schema_comment, write_new
 from fedloom.errors import UserError
 
@@ -28,7 +28,7 @@ CHARACTERS_PER_TOKEN = 3  # on the safe side for English with a usual vocabulary
 
 def register(app: typer.Typer) -> None:
     """Add this file's command."""
-    app.command("init")(init)
+    app.command("init", context_settings=WORDS)(init)
 
 
 def init(

@@ -202,7 +202,7 @@ def test_null_fields_never_become_the_word_none(tmp_path: Path) -> None:
         {"instruction": "i", "input": "x", "output": " \n"},
         {"input": "x", "output": "gone"},
         {"instruction": "i", "input": float("nan"), "output": "nan input"},
-        {"instruction": "i", "input": "", "output": 7},
+        {"instruction": "i", "input": " \n", "output": 7},
     ]
     source = of(tmp_path, rows)
     assert [row["input"] for row in source.rows] == ["", "", "", ""]

@@ -1,0 +1,1 @@
+"""The same federated work by a bare loop and by fedloom: see README.md."""

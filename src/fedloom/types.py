@@ -171,7 +171,7 @@ class Algorithm:
     uniform_weight: bool = False
 
     def __post_init__(self) -> None:
-        parts = (self.aggregate, *self.compress, *self.protect)
+        parts: tuple[Aggregate | Transform, ...] = (self.aggregate, *self.compress, *self.protect)
         reasons = [reason for part in parts for reason in part.check(self)]
         if reasons:
             raise UserError("these parts do not compose:\n  - " + "\n  - ".join(reasons), code="algorithm.compose")

@@ -190,6 +190,17 @@ def test_preference_data_is_recognised_and_refused(tmp_path: Path, row: dict[str
     assert caught.value.code == "data.preference" and "data.columns" in caught.value.hint
 
 
+def test_one_column_of_preference_data_may_be_imitated(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "chosen": "c", "rejected": "r"}]
+    source = of(tmp_path, rows, type="prompt_completion", columns={"completion": "chosen"})
+    assert source.rows[0]["completion"] == "c"
+
+
+def test_messages_beside_a_prompt_are_a_chat(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    assert of(tmp_path, [{"prompt": "u", "completion": "a", "messages": messages}]).kind == "chat"
+
+
 # ---------------------------------------------------------------- null fields
 
 

@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 logger = logging.getLogger("fedloom")
 
-KINDS = ("alpaca", "chat", "prompt_completion", "completion")
+KINDS = ("chat", "alpaca", "prompt_completion", "completion")  # the first that fits is taken
 REFUSED_KINDS = ("preference", "unpaired")
 SAMPLE = 100  # rows looked at to tell what a file holds: the first row alone is too often unlike the rest
 
@@ -581,14 +581,13 @@ def _recognise(
             raise _refused(where, "preference")
         if "label" in there and "prompt" in there and all(isinstance(row.get("label"), bool) for row in sample):
             raise _refused(where, "unpaired")
-    kinds = KINDS if type != "auto" else ("chat", "alpaca", "prompt_completion", "completion")
-    for kind in kinds if type == "auto" else (type,):
+    asked = KINDS if type == "auto" else (type,)
+    for kind in asked:
         layout = look(kind)
         if layout is not None:
             return _Layout(kind, layout)
     expected = "; ".join(
-        f"{kind} ({', '.join(name for name in _NAMES[kind] if name not in _OPTIONAL)})"
-        for kind in (KINDS if type == "auto" else (type,))
+        f"{kind} ({', '.join(name for name in _NAMES[kind] if name not in _OPTIONAL)})" for kind in asked
     )
     wanted = _NAMES["alpaca" if type == "auto" else type]
     example = ", ".join(f"{name}: COLUMN" for name in wanted if name not in _OPTIONAL)

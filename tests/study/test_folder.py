@@ -175,7 +175,10 @@ def test_a_file_system_without_locks_is_said_aloud(
 def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_atomic(path, "old")
+    os.link(path, tmp_path / "still open")
     write_atomic(path, "neu: ü".encode())
+    assert (tmp_path / "still open").read_text() == "old"  # another file took the name: no reader sees half of it
+    (tmp_path / "still open").unlink()
     assert path.read_text() == "neu: ü"
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
     assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -25,7 +24,7 @@ from fedloom.study.result import build_result, scores
 CLIENTS = [f"skill {i}" for i in range(8)]
 HOSTILE = [
     "<script>alert(1)</script>",
-    "$\\frac{",
+    "$\\frac{x$",
     "</text></svg><img src=x onerror=alert(1)>",
     '" onload="x',
     "{{ 7*7 }}",
@@ -105,7 +104,8 @@ def a_run(
             data={
                 "source": "<i>x</i>",
                 "rows_read": 6400,
-                "clients": {id: {"train": 640, "test": 96} for id in clients},
+                "notes": ["two words", "and more"],
+                "clients": [{"id": id, "train": 640, "test": 96, "categories": {}} for id in clients],
             },
             model={"name": "builtin"},
             recipe={"model": "builtin"},
@@ -187,6 +187,8 @@ def test_the_report_of_a_finished_run_says_what_was_found(tmp_path: Path) -> Non
         "federated all clients together, data stays where it is 85.0 % 79.5 % 76.5 %",
         "skill 7 1.9 % 11.6 % 82.5 % 90.2 %",
         "rows read 6,400",
+        "two words and more",
+        "clients train test skill 0 640 96 skill 1 640 96",
         "Every random draw comes from seed 42.",
         "model: builtin seed: 42",
         "dropped <b>out</b>",
@@ -240,6 +242,17 @@ def test_the_report_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
     assert "base: round 0 · val 2.500" in words(page)
 
 
+def test_a_base_alone_is_no_headline_once_training_goes_on(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "x", arms=("base",), done=False)
+    for n, loss in enumerate([2.5, 2.0]):
+        line = {"arm": "federated", "round": n, "rounds": 3, "val_loss": loss, "train_loss": loss if n else None}
+        run.append_round(line)
+    run.close()
+    text = words(write_report(tmp_path / "x").read_text(encoding="utf-8"))
+    assert "round 1/3 Federated validation loss falls from 2.50 to 2.00 between rounds 0 and 1." in text
+    assert "Base gives every client 2 %" in text
+
+
 def test_one_round_and_one_client_are_enough_for_pictures(tmp_path: Path) -> None:
     page = page_of(tmp_path / "x", clients=["only"], arms=("federated",), rounds=1)
     assert_sound(page)
@@ -291,10 +304,8 @@ def test_unchanged_pictures_are_not_drawn_again(tmp_path: Path, monkeypatch: pyt
     run = a_run(tmp_path / "x", done=False)
     write_report(tmp_path / "x")
     assert drawn == 4
-    start = time.perf_counter()
     write_report(tmp_path / "x")
     assert drawn == 4
-    assert time.perf_counter() - start < 2.0
     run.append_round({**run.read_rounds()[-1], "round": 13, "val_loss": 0.2})
     write_report(tmp_path / "x")
     assert drawn == 5  # the loss alone has changed

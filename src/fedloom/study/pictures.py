@@ -214,8 +214,9 @@ def loss_picture(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> str
         axes.set_xlabel("round")
         axes.set_ylabel("loss (nats per answer token)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.margins(x=0.02)
-        if min((point[1] for curves in data.values() for curve in curves.values() for point in curve), default=0) >= 0:
+        axes.margins(x=0.02, y=0.07)
+        seen = [point[1] for curves in data.values() for curve in curves.values() for point in curve]
+        if 0 <= min(seen) < 0.6 * max(seen):  # from zero where that leaves room to see the change
             axes.set_ylim(bottom=0)
         axes.grid(visible=False, axis="x")
         handles = [

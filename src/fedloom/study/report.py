@@ -291,6 +291,8 @@ def _clients_finding(arms: Mapping[str, Any], clients: Sequence[str]) -> str:
         return "Scores of the clients"
     if len(known) == 1:
         return f"{arm.capitalize()} gives the client {_percent(known[0])}"
+    if _percent(min(known)) == _percent(max(known)):
+        return f"{arm.capitalize()} gives every client {_percent(known[0])}"
     return f"{arm.capitalize()} gives the clients from {_percent(min(known))} to {_percent(max(known))}"
 
 
@@ -308,6 +310,8 @@ def _wire_finding(wire: Mapping[str, tuple[float, float]], whole: float | None) 
 
 
 def _headline(arms: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], scored: bool) -> str:
+    if set(arms) <= {"base"} and _trained(lines):  # what comes first in a run that goes on is no news
+        return _rounds_finding(lines, _trained(lines)) + "."
     if scored:
         return _score_finding(arms) + "."
     if any(one["loss"] is not None for one in arms.values()):
@@ -439,7 +443,9 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_text(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list | tuple):
-        return ", ".join(_text(item) for item in value) or "none"
+        return ("\n" if any(isinstance(item, str) and " " in item for item in value) else ", ").join(
+            _text(item) for item in value
+        ) or "none"
     return str(value)
 
 
@@ -451,9 +457,10 @@ def _blocks(value: Mapping[str, Any]) -> list[dict[str, Any]]:
         name = str(key).replace("_", " ")
         rows = list(item.items()) if isinstance(item, Mapping) else []
         if isinstance(item, list) and item and all(isinstance(row, Mapping) for row in item):
-            rows = [(str(number), row) for number, row in enumerate(item, start=1)]
+            rows = [(str(row.get("id", number)), row) for number, row in enumerate(item, start=1)]
         if rows and all(isinstance(row, Mapping) for _, row in rows):
-            columns = list(dict.fromkeys(column for _, row in rows for column in row))
+            seen = dict.fromkeys(column for _, row in rows for column in row if column != "id")
+            columns = [column for column in seen if any(row.get(column) not in (None, {}, [], "") for _, row in rows)]
             tables.append(
                 {
                     "name": name,

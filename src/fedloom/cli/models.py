@@ -1,2 +1,205 @@
-def register(app):
-    pass
+"""`eval`, `chat`, `generate`, `export`: what to do with a run that is done."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedloom.cli.common import FormatOption, OutputFormat, out, print_data, relative, say, table
+from fedloom.errors import UserError
+
+if TYPE_CHECKING:
+    from fedloom.evaluate.generate import Sampling
+
+__all__ = ["register"]
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a PEFT adapter folder.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="M", help="The base, where it now lies elsewhere.", show_default=False),
+]
+NewTokens = Annotated[
+    int | None,
+    typer.Option("--max-new-tokens", min=1, help="Longest answer. Default: the recipe's.", show_default=False),
+]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
+TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens of this total probability.")]
+TopK = Annotated[int, typer.Option(min=0, help="Draw among so many tokens; 0 is all.")]
+Seed = Annotated[int, typer.Option(help="Of the draws.")]
+
+
+class ExportFormat(enum.StrEnum):
+    """What `export` writes."""
+
+    lora = "lora"
+    merged = "merged"
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    app.command("eval")(evaluate)
+    app.command()(chat)
+    app.command()(generate)
+    app.command()(export)
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Data in place of the run's own test rows, by commas: files, folders, hub ids, builtin:NAME.",
+            metavar="DATA,...",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score no more rows per client.", show_default=False)] = None,
+    score: Annotated[
+        str | None, typer.Option(help="auto, none, exact, final_number or pass_at_1.", show_default=False)
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="The untouched base in place of the tuned model.")] = False,
+    output: FormatOption = OutputFormat.text,
+) -> None:
+    """Score a run on its test rows again, or on other data."""
+    from fedloom.study.tuned import evaluate_run
+
+    found = []
+    for data in [None] if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()]:
+        done = evaluate_run(run, data=data, base_only=base, limit=limit, score=score)
+        found.append({"data": done.data, "score_name": done.score_name, "rows": done.rows, **done.outcome})
+    if output is OutputFormat.json:
+        print_data(found)
+        return
+    for one in found:
+        out(f"{one['data']}: {one['rows']:,} rows, score: {one['score_name']}")
+        rows = [["all", _share(one["score"]), _loss(one["loss"])]]
+        rows += [[client, _share(value), ""] for client, value in one["score_per_client"].items()]  # type: ignore[attr-defined]
+        out(table(rows if len(rows) > 2 else rows[:1], ("client", "score", "loss")))
+
+
+def _share(value: Any) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _loss(value: Any) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _sampling(temperature: float, top_p: float, top_k: int, seed: int) -> Sampling | None:
+    from fedloom.evaluate.generate import Sampling
+
+    if temperature == 0 and (top_p != 1.0 or top_k != 0):
+        raise UserError(
+            "--top-p and --top-k have no effect at temperature 0, which takes the most likely token",
+            "--temperature 0.7",
+            "generate.sampling",
+        )
+    return None if temperature == 0 else Sampling(temperature, top_p, top_k, seed)
+
+
+def generate(
+    run: Run,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="- reads standard input.")] = None,
+    input_text: Annotated[str, typer.Option("--input", help="The input that goes with an instruction.")] = "",
+    max_new_tokens: NewTokens = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    model: Model = None,
+    output: FormatOption = OutputFormat.text,
+) -> None:
+    """Answer one or more prompts."""
+    if not prompts:
+        raise UserError("generate needs a prompt", f'fedloom generate {run} "PROMPT"', "cli.missing_argument")
+    sampling = _sampling(temperature, top_p, top_k, seed)
+    from fedloom.study.tuned import open_tuned
+
+    tuned = open_tuned(run, model=model)
+    answers = []
+    for prompt in prompts:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        turn = [{"role": "user", "content": text}]
+        answer = tuned.answer(turn, input=input_text, max_new_tokens=max_new_tokens, sampling=sampling)
+        answers.append({"prompt": text, "completion": answer})
+        if output is OutputFormat.text:
+            out(answer)
+    if output is OutputFormat.json:
+        print_data(answers)
+
+
+def chat(
+    run: Run,
+    max_new_tokens: NewTokens = None,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    model: Model = None,
+) -> None:
+    """Talk to the tuned model; an empty line or Ctrl-D ends."""
+    sampling = _sampling(temperature, top_p, top_k, seed)
+    from dataclasses import replace
+
+    from fedloom.study.tuned import open_tuned
+
+    tuned = open_tuned(run, model=model)
+    say(f"{run}: {tuned.base.name}, trained on {tuned.kind} rows; /new forgets, an empty line ends")
+    if not tuned.remembers:
+        say("each question stands by itself: that is what the model was trained on")
+    history: list[dict[str, str]] = []
+    turn = 0
+    while True:
+        text = _ask()
+        if text is None or not text.strip():
+            return
+        if text.strip() == "/new":
+            history = []
+            continue
+        if not tuned.remembers:
+            history = []
+        history.append({"role": "user", "content": text})
+        # Each answer has draws of its own, and the same ones when the talk is repeated.
+        own = None if sampling is None else replace(sampling, seed=sampling.seed + turn)
+        answer = tuned.answer(history, max_new_tokens=max_new_tokens, sampling=own, on_text=_write)
+        _write("\n")
+        history.append({"role": "assistant", "content": answer})
+        turn += 1
+
+
+def _ask() -> str | None:
+    """A line of standard input; the sign before it only where a person types."""
+    if sys.stdin.isatty():
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def export(
+    run: Run,
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A folder that is not there yet.")],
+    kind: Annotated[
+        ExportFormat,
+        typer.Option("--format", help="lora: a PEFT adapter; merged: a model with the adapter in its weights."),
+    ] = ExportFormat.lora,
+    model: Model = None,
+) -> None:
+    """Write the adapter, or the model with it merged in."""
+    from fedloom.study.tuned import export_lora, export_merged
+
+    if kind is ExportFormat.lora:
+        export_lora(run, destination, model=model)
+    else:
+        difference = export_merged(run, destination, model=model)
+        say(f"logits differ from the run's by at most {difference:.1e} of the largest")
+    out(relative(destination))

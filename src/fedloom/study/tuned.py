@@ -1,0 +1,325 @@
+"""A run's outcome, opened again: to answer, to be scored on other data, to be exported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from fedloom.adapters import Lora, lora
+from fedloom.adapters.lora import A, B, read_config
+from fedloom.data.federation import ClientData, Federation
+from fedloom.data.rows import Row, read
+from fedloom.data.templates import layout_for
+from fedloom.data.tokens import Examples, prompt_ids, tokenise
+from fedloom.errors import RunError, UserError
+from fedloom.evaluate.generate import Sampling, generate_one
+from fedloom.models.load import Base, load_base, load_tokenizer
+from fedloom.rounds import initial_state
+from fedloom.runtimes import batched
+from fedloom.study.build import algorithm_of, width_of
+from fedloom.study.folder import RunFolder, find_runs, full_disk_explained, temporary_beside
+from fedloom.study.load import read_recipe
+from fedloom.study.measure import DEFAULT_NEW_TOKENS, measures, one_model
+from fedloom.study.recipe import Recipe
+from fedloom.study.result import ArmResult
+from fedloom.study.session import device_name, open_session
+from fedloom.types import Client
+
+__all__ = ["Evaluated", "Tuned", "evaluate_run", "export_lora", "export_merged", "open_tuned"]
+
+# Merged weights are rounded to the dtype they are stored in; what that does to logits, as a share of their largest.
+MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A base model with a run's adapter on it."""
+
+    folder: Path  # the adapter's
+    base: Base
+    adapter: Lora
+    tree: Mapping[str, Tensor]
+    kind: str  # what the rows of its training were: alpaca, chat, prompt_completion, completion
+    chat_template: str
+    max_new_tokens: int
+
+    def prompt(self, messages: Sequence[Mapping[str, str]], input: str = "") -> list[int]:
+        """Token ids before the answer to a conversation, as training had them before its answers.
+
+        Args:
+            messages: role and content of each turn, the last one the user's. Where training had single questions in
+                the Alpaca layout or plain text, only the last turn counts.
+            input: for rows of instruction, input and output.
+        """
+        last = messages[-1]["content"]
+        row: Row
+        if self.kind in ("completion", "prompt_completion"):
+            row = {"kind": "prompt_completion", "prompt": last, "completion": ""}
+        elif self.kind == "chat" or (len(messages) > 1 and self.remembers):
+            row = {"kind": "chat", "messages": [*messages]}
+        else:
+            row = {"kind": "alpaca", "instruction": last, "input": input, "output": ""}
+        [ids] = prompt_ids([row], self.base.tokenizer, self.chat_template)
+        return ids
+
+    @property
+    def remembers(self) -> bool:
+        """Whether earlier turns are part of a prompt: training had conversations, or the template has them."""
+        return self.kind == "chat" or layout_for(self.base.tokenizer, self.chat_template) == "tokenizer"
+
+    def answer(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        input: str = "",
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        on_text: Any = None,
+    ) -> str:
+        """The answer as text; `on_text` gets each piece of it as it is written."""
+        return generate_one(
+            self.adapter,
+            self.tree,
+            self.prompt(messages, input),
+            self.base.tokenizer,
+            max_new_tokens=max_new_tokens or self.max_new_tokens,
+            sampling=sampling,
+            on_text=on_text,
+        )
+
+
+def open_tuned(run: Path, *, model: str | None = None, dtype: str | None = None) -> Tuned:
+    """Open a run folder, or a PEFT adapter folder.
+
+    Args:
+        model: the base, where it now lies elsewhere than the run or the adapter says.
+        dtype: of the base; the recipe's by default.
+
+    Raises:
+        UserError: there is no adapter, no base, or they do not match.
+    """
+    folder = adapter_folder(run)
+    config = read_config(folder)
+    recipe = read_recipe(run).recipe if (run / "recipe.yaml").is_file() else None
+    name = model or (recipe.model if recipe is not None else str(config.get("base_model_name_or_path") or ""))
+    if not name:
+        raise UserError(f"{folder} does not say which model it is for", "name it: --model FOLDER", "adapter.base")
+    base = load_base(
+        name,
+        dtype=dtype or (recipe.dtype if recipe is not None else "auto"),
+        trust_remote_code=recipe is not None and recipe.trust_remote_code,
+        device=device_name(),
+    )
+    adapter = lora(
+        base.model,
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        targets=config["target_modules"],
+        base_name=name,
+    )
+    tree = adapter.load(folder)
+    facts: Mapping[str, Any] = RunFolder.look(run).read_facts() if recipe is not None else {}
+    return Tuned(
+        folder,
+        base,
+        adapter,
+        tree,
+        kind=str(facts.get("data", {}).get("read_as") or "alpaca"),
+        chat_template=recipe.data.chat_template if recipe is not None else "auto",
+        max_new_tokens=(recipe.evaluate.max_new_tokens if recipe is not None else None) or DEFAULT_NEW_TOKENS,
+    )
+
+
+def adapter_folder(run: Path) -> Path:
+    """Where a run's adapter lies.
+
+    Raises:
+        UserError: there is none; the message names runs that have one.
+    """
+    if (run / "adapter_config.json").is_file():
+        return run
+    if (run / "adapter" / "adapter_config.json").is_file():
+        return run / "adapter"
+    if not run.is_dir():
+        RunFolder.look(run)  # no such folder at all: says which runs there are
+    nearby = [other for other in find_runs(run.parent) or find_runs(Path("runs")) if (other / "adapter").is_dir()]
+    having = f"; runs with one here: {', '.join(map(str, nearby[:6]))}" if nearby else ""
+    unfinished = (run / "recipe.yaml").is_file() and not (run / "result.json").is_file()
+    raise UserError(
+        f"no adapter in {run}{having}",
+        f"fedloom run --resume {run}" if unfinished else "the arms of the recipe must have federated or global",
+        "adapter.missing",
+    )
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What was measured, and on what."""
+
+    data: str
+    score_name: str
+    rows: int
+    outcome: ArmResult
+
+
+def evaluate_run(
+    run: Path, *, data: str | None = None, base_only: bool = False, limit: int | None = None, score: str | None = None
+) -> Evaluated:
+    """Measure a run's model on its own test rows, or on all rows of other data.
+
+    Args:
+        data: a file, a folder or a hub id; a built-in task stands for its test rows. None: the run's own test rows.
+        base_only: the untouched base in place of the tuned model.
+        limit: test rows that are scored, per client.
+        score: another score than the recipe's.
+
+    Raises:
+        UserError: no adapter, or the data cannot be read, or the score does not exist.
+    """
+    recipe = read_recipe(RunFolder.look(run).recipe).recipe
+    changes: dict[str, Any] = {"limit": limit} if limit is not None else {}
+    changes |= {"score": score} if score is not None else {}
+    recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=changes)})
+    folder = None if base_only else adapter_folder(run)
+    session = open_session(recipe)
+    adapter = session.adapter
+    assert isinstance(adapter, Lora)
+    algorithm = algorithm_of(recipe)
+    state = initial_state(algorithm, adapter, recipe.seed)
+    if folder is not None:
+        state = replace(state, params=adapter.load(folder))
+    federation = session.federation if data is None else _only_tests(session.federation, recipe, data)
+    measured = measures(recipe, federation)
+    clients = [Client(client, ()) for client in federation.clients]
+    runtime = batched(width_of(recipe, session.federation))
+    outcome = one_model(runtime.evaluate(algorithm, adapter, state, clients, measured.own))
+    rows = sum(len(client.test) for client in federation.clients.values())
+    return Evaluated(data or recipe.data.path, measured.score, rows, outcome)
+
+
+def _only_tests(federation: Federation, recipe: Recipe, data: str) -> Federation:
+    """Other data as a federation of one whose rows are all for testing."""
+    settings = recipe.data
+    same = Path(data).suffix == Path(settings.path).suffix  # other names of columns belong to the run's own files
+    source = read(data, columns=settings.columns if same else None, seed=recipe.seed)
+    rows = source.rows
+    if source.natural is not None:
+        rows = [rows[row] for parts in source.natural.values() for row in parts.get("test", ())]
+    done = tokenise(rows, federation.tokenizer, max_length=settings.max_length, chat_template=settings.chat_template)
+    every = Examples(done.tokens, np.arange(len(done.tokens)))
+    client = ClientData(Path(data).stem or "all", every[:0], every[:0], every)
+    return replace(federation, clients={client.id: client}, rows=rows, task=source.task)
+
+
+# ---- exporting -------------------------------------------------------------------------------------------------------
+
+
+def export_lora(run: Path, destination: Path, *, model: str | None = None) -> None:
+    """Write the adapter as a PEFT folder, checked against the base it is for.
+
+    Raises:
+        UserError: no adapter, it does not match the model, or the destination is taken. RunError: the disk is full.
+    """
+    tuned = open_tuned(run, model=model)
+
+    def write(place: Path) -> None:
+        tuned.adapter.export(tuned.tree, place)
+
+    _write_whole(destination, write)
+
+
+def export_merged(run: Path, destination: Path, *, model: str | None = None) -> float:
+    """Write the base with the adapter added to its weights: an ordinary model folder, in the dtype of the base's own.
+
+    Returns:
+        The largest difference of the written model's logits from the run's, as a share of the largest logit.
+
+    Raises:
+        UserError: no adapter, it does not match the model, or the destination is taken.
+        RunError: the disk is full, or the written model does not answer as the run does; nothing is left behind.
+    """
+    tuned = open_tuned(run, model=model, dtype="float32")  # the sum is rounded once, when it is stored
+    base, adapter = tuned.base, tuned.adapter
+    stored = _stored_dtype(base)
+    probe_BT = _probe(base)
+    wanted = _logits(tuned, probe_BT)
+    difference = 0.0
+
+    def write(place: Path) -> None:
+        nonlocal difference
+        with torch.no_grad():
+            for name, layer in adapter.sites.items():
+                weight = layer.weight
+                assert isinstance(weight, Tensor)
+                added_OD = (
+                    tuned.tree[f"{name}.{B}"].double() @ tuned.tree[f"{name}.{A}"].double()
+                ) * adapter.scale_of()
+                added = added_OD.T if isinstance(layer, Conv1D) else added_OD
+                weight.copy_((weight.double() + added.to(weight.device)).to(weight.dtype))
+        merged: Any = base.model.to(stored)
+        merged.save_pretrained(place)
+        load_tokenizer(base.name, pad=False).save_pretrained(place)
+        again = load_base(str(place), dtype=stored, device=base.device)
+        with torch.no_grad():
+            found = again.model(input_ids=probe_BT).logits.double()
+        difference = float((found - wanted).abs().max() / wanted.abs().max())
+        if not difference <= MERGE_TOLERANCE[stored]:
+            raise RunError(
+                f"the merged model answers otherwise than the run: logits differ by {difference:.2g} of the largest",
+                "export the adapter instead: --format lora",
+                "export.differs",
+            )
+
+    _write_whole(destination, write)
+    return difference
+
+
+def _stored_dtype(base: Base) -> torch.dtype:
+    """The dtype of the base's own files; float32 stands for float16, which no model is loaded in here."""
+    config = json.loads((Path(base.folder or base.name) / "config.json").read_text(encoding="utf-8"))
+    name = config.get("dtype") or config.get("torch_dtype")
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _probe(base: Base) -> Tensor:
+    """A few token ids of the vocabulary, the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    size = int(getattr(base.model.config, "vocab_size", 2))
+    return torch.randint(0, size, (2, 16), generator=generator).to(base.device)
+
+
+def _logits(tuned: Tuned, probe_BT: Tensor) -> Tensor:
+    with torch.no_grad(), tuned.adapter.bound({name: leaf[None] for name, leaf in tuned.tree.items()}) as model:
+        logits: Tensor = model(input_ids=probe_BT).logits.double()
+        return logits
+
+
+def _write_whole(destination: Path, write: Any) -> None:
+    """Let `write` fill a folder that appears at the destination whole or not at all."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination} exists already; nothing was written", "name another folder", "file.exists")
+    if not destination.resolve().parent.is_dir():
+        parent = destination.parent
+        raise UserError(f"{parent}: no such folder", f"mkdir -p {parent}", "file.folder")
+    place = temporary_beside(destination)
+    try:
+        with full_disk_explained(destination):
+            place.mkdir()
+            write(place)
+            if destination.is_dir():
+                destination.rmdir()
+            place.rename(destination)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)

@@ -171,6 +171,8 @@ def test_columns_are_renamed(tmp_path: Path) -> None:
 def test_a_hundred_rows_are_looked_at_not_one(tmp_path: Path) -> None:
     rows = [{"instruction": "i", "output": "", "response": f"r{n}"} for n in range(50)]
     assert of(tmp_path, rows).rows[7]["output"] == "r7"
+    odd = [{"instruction": "i", "output": ""}, *({"instruction": "i", "response": "r"} for _ in range(9))]
+    assert of(tmp_path, odd).dropped == {"empty output": 1}
     late = [{"instruction": f"i{n}", "output": "o"} for n in range(150)]
     late += [{"instruction": "i", "input": "late", "output": "o"}]
     assert of(tmp_path, late).rows[-1]["input"] == "late"

@@ -83,8 +83,10 @@ def test_by_category_is_one_category_per_client_under_its_name() -> None:
 
 
 def test_further_categories_are_dealt_round_robin() -> None:
-    groups, _ = split.by_category(rows_of(["a"] * 5 + ["b"] * 4 + ["c"] * 3), 2)
-    assert groups == {"c00": [0, 1, 2, 3, 4, 9, 10, 11], "b": [5, 6, 7, 8]}
+    groups, _ = split.by_category(rows_of([*"a", *"bb", *"ccc", *"dddd"]), 2)
+    assert groups == {"c00": [1, 2, 6, 7, 8, 9], "c01": [0, 3, 4, 5]}, "the largest first: d and b, c and a"
+    groups, _ = split.by_category(rows_of([*"aaa", *"bb", *"c"]), 2)
+    assert groups == {"c00": [0, 1, 2, 5], "b": [3, 4]}
 
 
 def test_more_clients_than_categories_is_an_error_with_the_numbers() -> None:

@@ -149,7 +149,18 @@ def test_a_template_that_ends_an_answer_with_its_own_token_or_none() -> None:
     assert parts(only(chat("u", "a"), own), own)[-1] == ("a<end_of_turn>", "trained")
     assert tokenise([chat("u", "a")], own).stop == "<end_of_turn>"
     none = tokenizer(template=turns.replace("END", "\n"))
-    assert parts(only(chat("u", "a"), none), none)[-1] == ("a</s>", "trained")
+    for answer in ("a", "a 日", "🙂"):  # a character may be several tokens
+        assert parts(only(chat("u", answer), none), none)[-1] == (f"{answer}</s>", "trained")
+        two = parts(only(chat("u", answer, "v", "b"), none), none)
+        assert [text for text, shade in two if shade == "trained"] == [answer, "b</s>"]
+
+
+def test_a_line_break_behind_the_stop_token_is_not_trained() -> None:
+    inside = CHATML_MARKED.replace("{% endgeneration %}{{ '\n' }}", "{{ '\n' }}{% endgeneration %}")
+    assert inside != CHATML_MARKED
+    made = tokenizer(eos="<|im_end|>", special=IM[:1], template=inside)
+    example = only(chat("u", "a"), made)
+    assert parts(example, made)[-1] == ("a<|im_end|>", "trained")
 
 
 def test_marks_without_a_stop_token_are_noted() -> None:

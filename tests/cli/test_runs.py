@@ -272,10 +272,7 @@ def test_export_lora_is_an_adapter_folder_that_opens_again(fedloom: Callable[...
 def test_a_merge_that_goes_wrong_leaves_nothing(
     fedloom: Callable[..., Said], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other_scale(self: Lora) -> float:
-        return 100.0 if sys._getframe(1).f_code.co_name == "write" else 2.0
-
-    monkeypatch.setattr(Lora, "scale_of", other_scale)
+    monkeypatch.setattr(Lora, "sync", lambda self, base: None)  # nothing is merged
     before = sorted(place.iterdir())
     with pytest.raises(RunError, match="answers otherwise than the run"):
         export_merged(Path("runs/tiny"), Path("wrong"))
@@ -353,3 +350,15 @@ def test_bad_input_ends_a_run_before_it_begins(fedloom: Callable[..., Said], pla
         code, _, err = fedloom(*command, "tiny.yaml", "output_dir=runs/bad", word)
         assert code == 2 and part in err and "Traceback" not in err
         assert not (place / "runs" / "bad").exists()
+
+
+@pytest.mark.parametrize("number", [8, 25])
+def test_what_init_writes_runs_even_for_little_data(fedloom: Callable[..., Said], place: Path, number: int) -> None:
+    rows = [{"prompt": f"{WORDS[i % 7]} {i}", "completion": f"{i}"} for i in range(number)]
+    (place / "small.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert fedloom("init", "small.jsonl", "--model", "model", "rounds=1", "dtype=float32")[0] == 0
+    code, _, err = fedloom("run", "small.yaml")
+    assert code == 0, err
+    for path in (place / "small.jsonl", place / "small.yaml"):
+        path.unlink()
+    shutil.rmtree(place / "runs" / "small")

@@ -53,7 +53,7 @@ def init(
         typer.Option("--output", "-o", metavar="FILE", help="Default: named after the data.", show_default=False),
     ] = None,
 ) -> None:
-    """Write a commented recipe for your data, or from a TRL or Axolotl file."""
+    """Write a commented recipe for your data, or from an Axolotl file."""
     from fedloom.study.load import split_words, validate_text
 
     overrides, names = split_words(words or [])
@@ -195,11 +195,11 @@ def recipe_for(source: Source, data: str, model: str, name: str, tests: Path | N
         renamed = {field: column for field, column in source.columns.items() if field != column}
         if renamed:
             lines.append(f"  columns: {yaml_value(dict(renamed))}")
-    lines.append(f"  max_length: {length}".ljust(32) + f"# tokens of prompt and answer; {length_note}")
+    lines.append(f"  max_length: {length}".ljust(32) + f"# tokens; {length_note}")
     if not builtin:
-        lines.append("  val_set_size: 0.05            # share of each client's rows")
+        lines.append(f"  val_set_size: {_size(0.05, rows_per_client)}".ljust(32) + "# share, or rows, of each client")
         if tests is None:
-            lines.append("  test_set_size: 0.1            # or test_path: FILE")
+            lines.append(f"  test_set_size: {_size(0.1, rows_per_client)}".ljust(32) + "# or test_path: FILE")
         else:
             lines.append(f"  test_path: {yaml_value(str(tests))}    # left out of the clients' rows")
     lines += [
@@ -230,6 +230,11 @@ def recipe_for(source: Source, data: str, model: str, name: str, tests: Path | N
     lines += [] if builtin else ["  limit: 50                     # test rows that are scored, per client"]
     lines += ["seed: 42", f"output_dir: {yaml_value(f'runs/{name}')}"]
     return "\n".join(lines) + "\n"
+
+
+def _size(share: float, rows: int) -> str:
+    """A share of a client's rows, or one row where the share would round to none."""
+    return f"{share}" if share * rows >= 0.5 else "1"
 
 
 def _columns_note(source: Source) -> str:
@@ -270,7 +275,7 @@ def _length(source: Source, model: str) -> tuple[int, str]:
     sizes = sorted(_characters(row) for row in source.rows)
     at_95 = sizes[int(0.95 * (len(sizes) - 1))]
     wanted = USUAL_LENGTH
-    note = f"95 % of rows have at most {at_95:,} characters; fedloom preview counts"
+    note = f"fedloom preview counts; 95 % of rows are within {at_95:,} characters"
     most = _context_of(model)
     if most is not None and most < wanted:
         return most, f"the model takes {most}; {note}"

@@ -12,10 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
-from fedloom.adapters import Lora, lora
-from fedloom.adapters.lora import A, B, read_config
 from fedloom.data.federation import ClientData, Federation
 from fedloom.data.rows import Row, read
 from fedloom.data.templates import layout_for
@@ -25,16 +22,18 @@ from fedloom.evaluate.generate import Sampling, generate_one
 from fedloom.models.load import Base, load_base, load_tokenizer
 from fedloom.rounds import initial_state
 from fedloom.runtimes import batched
-from fedloom.study.build import algorithm_of, width_of
+from fedloom.study.build import adapter_of, algorithm_of, width_of
 from fedloom.study.folder import RunFolder, find_runs, full_disk_explained, temporary_beside
 from fedloom.study.load import read_recipe
 from fedloom.study.measure import DEFAULT_NEW_TOKENS, measures, one_model
-from fedloom.study.recipe import Recipe
+from fedloom.study.recipe import AdapterRecipe, DataRecipe, Recipe
 from fedloom.study.result import ArmResult
 from fedloom.study.session import device_name, open_session
-from fedloom.types import Client
+from fedloom.types import Adapter, Client, Tree
 
 __all__ = ["Evaluated", "Tuned", "evaluate_run", "export_lora", "export_merged", "open_tuned"]
+
+LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"  # PEFT's names, after the layer's
 
 # Merged weights are rounded to the dtype they are stored in; what that does to logits, as a share of their largest.
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -46,8 +45,8 @@ class Tuned:
 
     folder: Path  # the adapter's
     base: Base
-    adapter: Lora
-    tree: Mapping[str, Tensor]
+    adapter: Adapter
+    tree: Tree
     kind: str  # what the rows of its training were: alpaca, chat, prompt_completion, completion
     chat_template: str
     max_new_tokens: int
@@ -108,9 +107,9 @@ def open_tuned(run: Path, *, model: str | None = None, dtype: str | None = None)
         UserError: there is no adapter, no base, or they do not match.
     """
     folder = adapter_folder(run)
-    config = read_config(folder)
+    name_said, settings = _settings(folder)
     recipe = read_recipe(run).recipe if (run / "recipe.yaml").is_file() else None
-    name = model or (recipe.model if recipe is not None else str(config.get("base_model_name_or_path") or ""))
+    name = model or (recipe.model if recipe is not None else name_said)
     if not name:
         raise UserError(f"{folder} does not say which model it is for", "name it: --model FOLDER", "adapter.base")
     base = load_base(
@@ -119,14 +118,9 @@ def open_tuned(run: Path, *, model: str | None = None, dtype: str | None = None)
         trust_remote_code=recipe is not None and recipe.trust_remote_code,
         device=device_name(),
     )
-    adapter = lora(
-        base.model,
-        rank=int(config["r"]),
-        alpha=float(config["lora_alpha"]),
-        targets=config["target_modules"],
-        base_name=name,
-    )
-    tree = adapter.load(folder)
+    # The folder's own rank and targets: a run that merged into the base exports more than the recipe's rank.
+    adapter = adapter_of(base, Recipe(model=name, data=DataRecipe(path="-"), adapter=settings, local_steps=1))
+    tree = load_tree(adapter, folder)
     facts: Mapping[str, Any] = RunFolder.look(run).read_facts() if recipe is not None else {}
     return Tuned(
         folder,
@@ -159,6 +153,47 @@ def adapter_folder(run: Path) -> Path:
         f"fedloom run --resume {run}" if unfinished else "the arms of the recipe must have federated or global",
         "adapter.missing",
     )
+
+
+def load_tree(adapter: Adapter, folder: Path) -> Tree:
+    """An adapter folder's parameters.
+
+    Raises:
+        UserError: they are not made for this model.
+    """
+    loader: Any = adapter  # every kind that writes PEFT folders reads them
+    tree: Tree = loader.load(folder)
+    return tree
+
+
+def _settings(folder: Path) -> tuple[str, AdapterRecipe]:
+    """(base model, settings) that a PEFT adapter folder says."""
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        targets = config["target_modules"]
+        settings = AdapterRecipe(
+            kind=str(config["peft_type"]).lower(),  # type: ignore[arg-type]
+            lora_r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            lora_target_modules=targets if isinstance(targets, str) else list(targets),  # type: ignore[arg-type]
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = "; ".join(str(error).splitlines()[:3])
+        raise UserError(f"{path}: not the settings of a LoRA adapter: {reason}", code="adapter.config") from error
+    return str(config.get("base_model_name_or_path") or ""), settings
+
+
+def _factors(tuned: Tuned) -> dict[str, Tensor]:
+    """What the adapter adds to each frozen weight, as the factors that `Adapter.sync` takes."""
+    _, settings = _settings(tuned.folder)
+    factors = {}
+    for name, leaf in tuned.tree.items():
+        if name.endswith(LORA_A):
+            factors[f"{name.removesuffix(LORA_A)}merge_A"] = leaf.double()
+        elif name.endswith(LORA_B):
+            factors[f"{name.removesuffix(LORA_B)}merge_B"] = leaf.double() * (settings.lora_alpha / settings.lora_r)
+    return factors
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -195,11 +230,10 @@ def evaluate_run(
     folder = None if base_only else adapter_folder(run)
     session = open_session(recipe)
     adapter = session.adapter
-    assert isinstance(adapter, Lora)
     algorithm = algorithm_of(recipe)
     state = initial_state(algorithm, adapter, recipe.seed)
     if folder is not None:
-        state = replace(state, params=adapter.load(folder))
+        state = replace(state, params=load_tree(adapter, folder))
     federation = session.federation if data is None else _only_tests(session.federation, recipe, data)
     measured = measures(recipe, federation)
     clients = [Client(client, ()) for client in federation.clients]
@@ -259,15 +293,7 @@ def export_merged(run: Path, destination: Path, *, model: str | None = None) -> 
 
     def write(place: Path) -> None:
         nonlocal difference
-        with torch.no_grad():
-            for name, layer in adapter.sites.items():
-                weight = layer.weight
-                assert isinstance(weight, Tensor)
-                added_OD = (
-                    tuned.tree[f"{name}.{B}"].double() @ tuned.tree[f"{name}.{A}"].double()
-                ) * adapter.scale_of()
-                added = added_OD.T if isinstance(layer, Conv1D) else added_OD
-                weight.copy_((weight.double() + added.to(weight.device)).to(weight.dtype))
+        adapter.sync(_factors(tuned))
         merged: Any = base.model.to(stored)
         merged.save_pretrained(place)
         load_tokenizer(base.name, pad=False).save_pretrained(place)

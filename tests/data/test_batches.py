@@ -247,6 +247,19 @@ def test_lengths_still_come_in_random_order_over_a_round() -> None:
     assert abs(correlation) < 0.35 and len(set(longest.tolist())) > 20
 
 
+def test_every_round_has_an_order_of_its_own() -> None:
+    """With distinct lengths ranks are plain: their order is the same for all clients, and new in each round."""
+
+    def ranks(round: int, client: str) -> list[int]:
+        batches = round_batches(
+            examples_of(range(10, 74)), batch_size=2, num_steps=8, pad_id=PAD, seed=0, round=round, client=client
+        )
+        return np.argsort(np.argsort([longest for _, longest in batches.shapes])).tolist()
+
+    assert ranks(0, "a") == ranks(0, "b") and ranks(1, "a") == ranks(1, "b")
+    assert ranks(0, "a") != ranks(1, "a") != ranks(2, "a")
+
+
 def test_buckets_leave_the_window_random() -> None:
     """A batch is drawn from WINDOW batches' worth of rows, so two epochs do not group the same rows."""
     examples = examples_of(lognormal(4 * WINDOW * 4, 0))

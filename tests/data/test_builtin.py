@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from benchmarks.pretrain_base.corpus import DOCUMENTS, RowFilter, documents, prompt_of
 
 from fedloom.data.builtin import TASKS, Row
+from fedloom.data.builtin.arith import chain_pool
 from fedloom.data.builtin.interpreter import (
     LANGUAGES,
     MAX_CHARS,
@@ -29,8 +31,8 @@ from fedloom.data.builtin.interpreter import (
 from fedloom.data.builtin.pools import pool_of, random_of
 from fedloom.data.builtin.programs import ARGUMENTS, Step, draw_chain, hidden_tests, program_of, value_of
 from fedloom.data.builtin.scoring import final_number, score
-from fedloom.data.builtin.skills import word_key
-from fedloom.data.builtin.words import CLASSES, ENGLISH, JOBS
+from fedloom.data.builtin.skills import CLASS_WORDS, list_pool, number_pool, story_pool, word_key, word_pool
+from fedloom.data.builtin.words import CITIES, CLASSES, ENGLISH, JOBS, NAMES
 
 BASE = Path(__file__).parents[2] / "src" / "fedloom" / "models" / "builtin_base"
 SPLITS = ("train", "validation", "test")
@@ -95,7 +97,11 @@ def test_rows_are_a_function_of_the_seed_in_every_process(name: str) -> None:
     assert rows == TASKS[name].rows(3)
     code = f"import json; from fedloom.data.builtin import TASKS; print(json.dumps(TASKS[{name!r}].rows(3)))"
     other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONHASHSEED": "7"},
     )
     assert json.loads(other.stdout) == rows
 
@@ -130,6 +136,36 @@ def test_test_contents_stay_out_of_the_training_of_every_seed(name: str) -> None
 def test_no_row_occurs_twice(name: str) -> None:
     texts = [(row["category"] * (name == "skills"), row["instruction"], row["input"]) for _, _, row in rows_of(name)]
     assert len(set(texts)) == len(texts)
+
+
+def pool_of_row(name: str, row: Row) -> str:
+    """The pool that a row's content belongs to, from the row's text alone."""
+    if name == "arith":
+        first, *others = row["output"].partition(" The answer")[0].split(". ")
+        return chain_pool(first.partition(" =")[0].replace(" ", "") + "".join("".join(o.split()[1:3]) for o in others))
+    if name == "code":
+        return pool_of("function", " ".join(str(value) for _, value in row["tests"]))
+    match row["category"]:
+        case "reverse" | "upper" | "sort":
+            return word_pool(row["input"])
+        case "count" | "last":
+            return list_pool(row["input"].split(", "))
+        case "compare":
+            a, b = row["input"].split(" and ")
+            return number_pool(int(a), int(b))
+        case "extract":
+            words = row["input"].replace(",", " ").replace(".", " ").split()
+            found = [next(w for w in words if w in known) for known in (NAMES, CITIES, JOBS)]
+            return story_pool(*found)
+        case _:
+            word = row["input"].split()[0]
+            return next(pool for pool, classes in CLASS_WORDS.items() if any(word in w for w in classes.values()))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_row_comes_from_the_pool_of_its_split(name: str) -> None:
+    for _, split, row in rows_of(name, seed=4):
+        assert pool_of_row(name, row) == split, row
 
 
 def test_two_step_problems_of_different_splits_never_share_their_numbers() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.data.toys import CHATML, Data, Split, alpaca_rows, tokenizer, write
 
 from fedloom.data import prepare
+from fedloom.data import split as splitting
 from fedloom.data.federation import PARTS, Federation
 from fedloom.data.rows import row_key
 from fedloom.data.templates import alpaca_prompt
@@ -85,6 +86,13 @@ def test_dirichlet_gives_everybody_training_rows(path: str) -> None:
     adds_up(federation)
     with pytest.raises(UserError, match=r"needs split\.alpha"):
         prepare(Data(path), Split("dirichlet", 8), PLAIN, 3)
+
+
+def test_dirichlet_redraws_when_a_client_gets_nothing(path: str) -> None:
+    keys = [row["category"] for row in alpaca_rows(120, CATEGORIES)]
+    assert not all(splitting.dirichlet(keys, 10, 0.2, seed=0).values()), "the first draw is fine: no example"
+    federation = prepare(Data(path), Split("dirichlet", 10, 0.2), PLAIN, 0)
+    assert len(federation.clients) == 10 and all(len(client.train) for client in federation.clients.values())
 
 
 def test_dirichlet_gives_up_after_bounded_tries(path: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedloom.data.batches import Batches, eval_batches, round_batches, steps_per_epoch
     from fedloom.data.federation import ClientData, DataReport, Federation, prepare
+    from fedloom.data.population import Clients, population
     from fedloom.data.rows import Row, Source, read
     from fedloom.data.templates import alpaca_prompt, answer_of, prompt_of
     from fedloom.data.tokens import Example, Examples, pad_id_of, prompt_ids, render_tokens
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "batches": ("Batches", "eval_batches", "round_batches", "steps_per_epoch"),
     "federation": ("ClientData", "DataReport", "Federation", "prepare"),
+    "population": ("Clients", "population"),
     "rows": ("Row", "Source", "read"),
     "templates": ("alpaca_prompt", "answer_of", "prompt_of"),
     "tokens": ("Example", "Examples", "pad_id_of", "prompt_ids", "render_tokens"),
@@ -26,6 +28,7 @@ _HOMES = {
 __all__ = [
     "Batches",
     "ClientData",
+    "Clients",
     "DataReport",
     "Example",
     "Examples",
@@ -36,6 +39,7 @@ __all__ = [
     "answer_of",
     "eval_batches",
     "pad_id_of",
+    "population",
     "prepare",
     "prompt_ids",
     "prompt_of",

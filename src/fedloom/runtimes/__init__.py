@@ -1,7 +1,7 @@
 """Map-reduces over clients: all give the same result."""
 
-from fedloom.runtimes.batched import batched, sequential
+from fedloom.runtimes.cohort import batched, sequential
 from fedloom.runtimes.dropout import with_dropout
-from fedloom.runtimes.loopback import ClientSite, loopback
+from fedloom.runtimes.messages import ClientSite, loopback
 
 __all__ = ["ClientSite", "batched", "loopback", "sequential", "with_dropout"]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ import torch
 from fedloom.adapters import Lora, lora
 from fedloom.aggregates import mean
 from fedloom.clients import local_only, sgd_client
-from fedloom.data.batches import Batches, round_batches, steps_per_epoch
+from fedloom.data.batches import steps_per_epoch
 from fedloom.data.federation import ClientData, Federation
+from fedloom.data.population import Clients, population
 from fedloom.data.tokens import pad_id_of
 from fedloom.models.load import Base
 from fedloom.optimizers import Optimizer, adagrad, adam, adamw, decay, sgd, yogi
@@ -76,14 +76,15 @@ def lora_of(base: Base, recipe: AdapterRecipe) -> Lora:
     )
 
 
-def sgd_of(recipe: Recipe) -> ClientUpdate:
+def sgd_of(recipe: Recipe, pieces: int = 1) -> ClientUpdate:
+    """`pieces` multiplies the passes per optimiser step, for batches that are larger by as much."""
     client = recipe.client
     return sgd_client(
         CLIENT_OPTIMIZERS[client.optim](client),
         schedule=schedule_of(recipe),
         prox_mu=client.prox_mu,
         max_grad_norm=client.max_grad_norm,
-        accumulation_steps=client.gradient_accumulation_steps,
+        accumulation_steps=client.gradient_accumulation_steps * pieces,
     )
 
 
@@ -99,20 +100,22 @@ def schedule_of(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
 
 ADAPTERS: Mapping[str, Callable[[Base, AdapterRecipe], Adapter]] = {"lora": lora_of}
 
-CLIENTS: Mapping[str, Callable[[Recipe], ClientUpdate]] = {"sgd": sgd_of}
+CLIENTS: Mapping[str, Callable[[Recipe, int], ClientUpdate]] = {"sgd": sgd_of}
 
 
 def adapter_of(base: Base, recipe: Recipe) -> Adapter:
     return ADAPTERS[recipe.adapter.kind](base, recipe.adapter)
 
 
-def algorithm_of(recipe: Recipe, arm: str = "federated") -> Algorithm:
+def algorithm_of(recipe: Recipe, arm: str = "federated", *, pieces: int = 1) -> Algorithm:
     """The composition of one arm. `local` never averages; `global` is the same work done by one client.
+
+    `pieces` is in how many passes the global arm works off a batch (see `global_pieces`).
 
     Raises:
         UserError: the parts do not compose; every reason is named.
     """
-    client = CLIENTS[recipe.client.kind](recipe)
+    client = CLIENTS[recipe.client.kind](recipe, pieces)
     if arm == "local":
         return Algorithm(local_only(client), mean(), replace())
     if arm == "global":
@@ -128,52 +131,29 @@ def algorithm_of(recipe: Recipe, arm: str = "federated") -> Algorithm:
 # ---- who takes part --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Clients:
-    """A population over prepared data. A client's batches of a round are drawn when it is opened."""
-
-    data: Mapping[str, ClientData]
-    recipe: Recipe
-    pad_id: int
-    num_steps: int | None  # per round; None: whole epochs
-
-    @property
-    def ids(self) -> Sequence[str]:
-        return list(self.data)
-
-    def open(self, client: str, round: int) -> Client:
-        return Client(client, self.batches(client, round), float(len(self.data[client].train)))
-
-    def batches(self, client: str, round: int) -> Batches:
-        sizes = self.recipe.client
-        return round_batches(
-            self.data[client].train,
-            batch_size=sizes.per_device_train_batch_size * sizes.gradient_accumulation_steps,
-            num_steps=self.num_steps,
-            num_epochs=None if self.num_steps is not None else self.recipe.local_epochs,
-            pad_id=self.pad_id,
-            seed=self.recipe.seed,
-            round=round,
-            client=client,
-        )
-
-
 def population_of(federation: Federation, recipe: Recipe, arm: str) -> Clients:
-    """The clients of an arm. The global arm's one client makes as many steps a round as the whole cohort does."""
-    pad_id = pad_id_of(federation.tokenizer)
-    if arm != "global":
-        return Clients(federation.clients, recipe, pad_id, recipe.local_steps)
-    pooled = {
-        POOLED: ClientData(
-            POOLED, federation.pooled("train"), federation.pooled("validation"), federation.pooled("test")
-        )
-    }
-    width = clients_per_round(recipe, len(federation.clients)) or len(federation.clients)
-    if recipe.local_steps is not None:
-        return Clients(pooled, recipe, pad_id, recipe.local_steps * width)
+    """The clients of an arm.
+
+    The global arm is one client with the pooled rows, which makes as many steps a round as a client does, with batches
+    as large as those of the whole cohort together: the same rounds, the same steps and the same number of samples.
+    """
     size = recipe.client.per_device_train_batch_size * recipe.client.gradient_accumulation_steps
-    steps = [steps_per_epoch(len(one.train), size) * (recipe.local_epochs or 1) for one in federation.clients.values()]
-    return Clients(pooled, recipe, pad_id, max(1, round(width * sum(steps) / len(steps))))
+    steps, epochs = recipe.local_steps, recipe.local_epochs
+    if arm != "global":
+        return population(federation, batch_size=size, seed=recipe.seed, num_steps=steps, num_epochs=epochs)
+    if steps is None:
+        each = [steps_per_epoch(len(one.train), size) * (epochs or 1) for one in federation.clients.values()]
+        steps = max(1, round(sum(each) / len(each)))
+    pooled = ClientData(POOLED, *(federation.pooled(part) for part in ("train", "validation", "test")))
+    width = clients_per_round(recipe, len(federation.clients)) or len(federation.clients)
+    return Clients({POOLED: pooled}, pad_id_of(federation.tokenizer), size * width, recipe.seed, steps)
+
+
+def global_pieces(recipe: Recipe, federation: Federation) -> int:
+    """Passes in which the global arm works off a cohort's batch: as many as the federated arm has blocks of clients."""
+    cohort = clients_per_round(recipe, len(federation.clients)) or len(federation.clients)
+    at_once = width_of(recipe, federation) if recipe.runtime.kind == "batched" else 1
+    return -(-cohort // at_once)
 
 
 def clients_per_round(recipe: Recipe, num_clients: int) -> int | None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fedloom.data.batches import Batches
+from fedloom.data.population import Clients
 from fedloom.errors import RunError, UserError
 from fedloom.evaluate.loss import add_metrics, mean_loss, require_finite
 from fedloom.evaluate.scores import mean_score
@@ -24,8 +25,8 @@ from fedloom.rounds import federate, initial_state
 from fedloom.runtimes import batched
 from fedloom.study import checkpoint
 from fedloom.study.build import (
-    Clients,
     algorithm_of,
+    global_pieces,
     population_of,
     runtime_of,
     sampling_of,
@@ -266,7 +267,8 @@ class _Runner:
         return batched(width_of(self.recipe, self.session.federation))
 
     def _train(self, arm: str) -> None:
-        algorithm = algorithm_of(self.recipe, arm)
+        pieces = global_pieces(self.recipe, self.session.federation) if arm == "global" else 1
+        algorithm = algorithm_of(self.recipe, arm, pieces=pieces)
         adapter, recipe, federation = self.session.adapter, self.recipe, self.session.federation
         runtime = runtime_of(recipe, federation, arm, lambda: make_base(recipe), self.measures.table())
         population = Watched(population_of(federation, recipe, arm), self.display)

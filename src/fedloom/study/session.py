@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from fedloom.errors import RunError, UserError
 from fedloom.models.load import Base, load_base
 from fedloom.ops.host import tune_host
 from fedloom.rounds import initial_state
-from fedloom.runtimes.batched import train_block
+from fedloom.runtimes.cohort import train_block
 from fedloom.study import checkpoint
 from fedloom.study.build import (
     adapter_of,
@@ -30,6 +30,7 @@ from fedloom.study.build import (
     population_of,
     width_of,
 )
+from fedloom.study.folder import temporary_beside
 from fedloom.study.measure import Measures, OnScored, measures
 from fedloom.study.progress import amount, byte_text, duration
 from fedloom.study.recipe import Recipe
@@ -294,9 +295,12 @@ def try_checkpoint(session: Session, folder: Path) -> None:
         RunError: it cannot be written where the run will lie, or does not come back as it was.
     """
     state = initial_state(algorithm_of(session.recipe), session.adapter, session.recipe.seed)
-    with TemporaryDirectory(dir=folder, prefix=".try-") as place:
-        checkpoint.save(Path(place) / "try", state, {"try": True}, 1, False)
-        back, _ = checkpoint.load(Path(place) / "try", state)
+    place = temporary_beside(folder / "try")
+    try:
+        checkpoint.save(place, state, {"try": True}, 1, False)
+        back, _ = checkpoint.load(place, state)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
     same = all(torch.equal(back.params[name], leaf) for name, leaf in state.params.items())
     if not same:
         raise RunError("a checkpoint does not come back as it was written", code="checkpoint.check")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fedloom import wire
 from fedloom.errors import FedloomError, RunError
 from fedloom.runtimes import payload as sides
-from fedloom.runtimes.batched import client_model, train_block
+from fedloom.runtimes.cohort import client_model, train_block
 from fedloom.tree import stack
 from fedloom.types import (
     Adapter,

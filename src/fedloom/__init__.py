@@ -1,0 +1,125 @@
+"""fedloom: federated fine-tuning of language models.
+
+Parties with similar tasks and private data get one good model: `fedloom demo` shows it, `fedloom run RECIPE` does it,
+and the names below are for programs. They are looked up when used, so that the command line starts without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedloom.adapters import Lora, lora
+    from fedloom.aggregates import mean
+    from fedloom.clients import local_only, sgd_client
+    from fedloom.data import Federation, population, prepare
+    from fedloom.errors import FedloomError, RunError, UserError
+    from fedloom.models.load import Base, load_base
+    from fedloom.optimizers import adagrad, adam, adamw, decay, sgd, yogi
+    from fedloom.rounds import Sampling, federate, initial_state, run_round
+    from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dropout
+    from fedloom.seeds import seed_of
+    from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, optimize, replace
+    from fedloom.study.recipe import DataRecipe, Recipe, SplitRecipe, load_recipe
+    from fedloom.study.run import run_recipe
+    from fedloom.types import (
+        Adapter,
+        Aggregate,
+        Algorithm,
+        Client,
+        ClientUpdate,
+        Evaluation,
+        Runtime,
+        ServerUpdate,
+        State,
+        Transform,
+    )
+
+_HOMES = {
+    "fedloom.adapters": ("Lora", "lora"),
+    "fedloom.aggregates": ("mean",),
+    "fedloom.clients": ("local_only", "sgd_client"),
+    "fedloom.data": ("Federation", "population", "prepare"),
+    "fedloom.errors": ("FedloomError", "RunError", "UserError"),
+    "fedloom.models.load": ("Base", "load_base"),
+    "fedloom.optimizers": ("adagrad", "adam", "adamw", "decay", "sgd", "yogi"),
+    "fedloom.rounds": ("Sampling", "federate", "initial_state", "run_round"),
+    "fedloom.runtimes": ("ClientSite", "batched", "loopback", "sequential", "with_dropout"),
+    "fedloom.seeds": ("seed_of",),
+    "fedloom.servers": ("fed_adagrad", "fed_adam", "fed_avgm", "fed_yogi", "optimize", "replace"),
+    "fedloom.study.recipe": ("DataRecipe", "Recipe", "SplitRecipe", "load_recipe"),
+    "fedloom.study.run": ("run_recipe",),
+    "fedloom.types": (
+        "Adapter",
+        "Aggregate",
+        "Algorithm",
+        "Client",
+        "ClientUpdate",
+        "Evaluation",
+        "Runtime",
+        "ServerUpdate",
+        "State",
+        "Transform",
+    ),
+}
+
+__all__ = [
+    "Adapter",
+    "Aggregate",
+    "Algorithm",
+    "Base",
+    "Client",
+    "ClientSite",
+    "ClientUpdate",
+    "DataRecipe",
+    "Evaluation",
+    "Federation",
+    "FedloomError",
+    "Lora",
+    "Recipe",
+    "RunError",
+    "Runtime",
+    "Sampling",
+    "ServerUpdate",
+    "SplitRecipe",
+    "State",
+    "Transform",
+    "UserError",
+    "adagrad",
+    "adam",
+    "adamw",
+    "batched",
+    "decay",
+    "fed_adagrad",
+    "fed_adam",
+    "fed_avgm",
+    "fed_yogi",
+    "federate",
+    "initial_state",
+    "load_base",
+    "load_recipe",
+    "local_only",
+    "loopback",
+    "lora",
+    "mean",
+    "optimize",
+    "population",
+    "prepare",
+    "replace",
+    "run_recipe",
+    "run_round",
+    "seed_of",
+    "sequential",
+    "sgd",
+    "sgd_client",
+    "with_dropout",
+    "yogi",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'fedloom' has no attribute {name!r}")

@@ -1,0 +1,59 @@
+"""Prepared data as a population: who there is, and what each client trains on in a round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedloom.data.batches import Batches, round_batches
+from fedloom.data.federation import ClientData, Federation
+from fedloom.data.tokens import pad_id_of
+from fedloom.types import Client
+
+
+@dataclass(frozen=True)
+class Clients:
+    """A population over clients' data. A client's batches of a round are drawn when it is opened, tensors when used.
+
+    Exactly one of `num_steps` and `num_epochs` is set; `batch_size` is examples per optimiser step.
+    """
+
+    data: Mapping[str, ClientData]
+    pad_id: int
+    batch_size: int
+    seed: int
+    num_steps: int | None = None
+    num_epochs: int | None = None
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return list(self.data)
+
+    def open(self, client: str, round: int) -> Client:
+        """The client with its batches of that round; its FedAvg weight is its number of training rows."""
+        return Client(client, self.batches(client, round), float(len(self.data[client].train)))
+
+    def batches(self, client: str, round: int) -> Batches:
+        return round_batches(
+            self.data[client].train,
+            batch_size=self.batch_size,
+            num_steps=self.num_steps,
+            num_epochs=self.num_epochs,
+            pad_id=self.pad_id,
+            seed=self.seed,
+            round=round,
+            client=client,
+        )
+
+
+def population(
+    federation: Federation,
+    *,
+    batch_size: int,
+    seed: int,
+    num_steps: int | None = None,
+    num_epochs: int | None = None,
+) -> Clients:
+    """All clients of prepared data, with `num_steps` batches or `num_epochs` epochs a round."""
+    pad_id = pad_id_of(federation.tokenizer)
+    return Clients(federation.clients, pad_id, batch_size, seed, num_steps, num_epochs)

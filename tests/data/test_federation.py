@@ -90,9 +90,9 @@ def test_dirichlet_gives_everybody_training_rows(path: str) -> None:
 
 def test_dirichlet_redraws_when_a_client_gets_nothing(path: str) -> None:
     keys = [row["category"] for row in alpaca_rows(120, CATEGORIES)]
-    assert not all(splitting.dirichlet(keys, 10, 0.2, seed=0).values()), "the first draw is fine: no example"
-    federation = prepare(Data(path), Split("dirichlet", 10, 0.2), PLAIN, 0)
-    assert len(federation.clients) == 10 and all(len(client.train) for client in federation.clients.values())
+    assert not all(splitting.dirichlet(keys, 12, 0.3, seed=0).values()), "the first draw is fine: no example"
+    federation = prepare(Data(path), Split("dirichlet", 12, 0.3), PLAIN, 0)
+    assert len(federation.clients) == 12 and all(len(client.train) for client in federation.clients.values())
 
 
 def test_dirichlet_gives_up_after_bounded_tries(path: str) -> None:

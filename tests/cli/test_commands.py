@@ -123,6 +123,12 @@ def test_errors_become_messages_and_exit_codes(
         assert "Traceback" in shown.err and shown.code == code
 
 
+def test_debug_may_stand_anywhere(fedloom: Callable[..., Said]) -> None:
+    for words in (["--debug", "ls", "x"], ["ls", "--debug", "x"], ["ls", "x", "--debug"]):
+        code, _, err = fedloom(*words)
+        assert code == 2 and "no such list" in err and "Traceback" in err
+
+
 def test_the_environment_asks_for_tracebacks(fedloom: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDLOOM_DEBUG", "1")
     assert "Traceback" in fedloom("validate", "nowhere.yaml").err

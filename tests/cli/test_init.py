@@ -139,6 +139,9 @@ def test_init_writes_once(fedloom: Callable[..., tuple[int, str, str]], here: Pa
     code, out, err = fedloom("init", "d.jsonl", "--model", "other")
     assert (code, out) == (2, "") and "d.yaml exists already; nothing was written" in err
     assert (here / "d.yaml").read_text() == before
+    (here / "d.jsonl").unlink()  # said before the data is read, which may take long
+    assert "d.yaml exists already" in fedloom("init", "d.jsonl", "--model", "other")[2]
+    rows(here / "d.jsonl", 20, instruction=str, output=str)
     assert fedloom("init", "d.jsonl", "--model", "other", "-o", "e.yaml")[:2] == (0, "e.yaml\n")
     assert read_recipe("e.yaml").recipe.split.clients == 4
 
@@ -147,7 +150,8 @@ def test_init_of_a_folder_makes_each_file_a_client(fedloom: Callable[..., tuple[
     (here / "sites").mkdir()
     for name in ("north", "south", "east", "global_test"):
         rows(here / "sites" / f"{name}.jsonl", 12, prompt=lambda n, name=name: f"{name} {n}", completion=str)
-    assert fedloom("init", "sites/", "--model", "builtin")[0] == 0
+    code, _, err = fedloom("init", "sites/", "--model", "builtin")
+    assert code == 0 and "36 rows" in err
     recipe = read_recipe("sites.yaml").recipe
     assert (recipe.split.kind, recipe.data.type) == ("files", "prompt_completion")
     assert recipe.data.test_path == "sites/global_test.jsonl" and recipe.data.test_set_size is None

@@ -282,6 +282,7 @@ def test_the_tables_lead_to_keys_that_exist_and_hide_none() -> None:
         ["--client.learning-rate", "1e-3"],
         ["--learning-rate", "1e-3"],
         ["--learning_rate=1e-3"],
+        ["--learning-rate=1e-3"],
         ["client={learning_rate: 1e-3}"],
         ["learning_rate=5", "learning_rate=1e-3"],
     ],

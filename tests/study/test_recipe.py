@@ -167,6 +167,7 @@ def test_a_resolved_recipe_reads_back_as_itself(method: str, path: str) -> None:
     made = recipe(method=method, data={"path": path}, name="x", client={"learning_rate": 1e-5, "max_grad_norm": None})
     text = resolved_yaml(made)
     assert text.startswith("# yaml-language-server: $schema=")
+    assert ("val_set_size" in text) is (path == "d.jsonl"), "a setting without effect is not written"
     again, notes = validate_text(text, name="another name")
     assert (again, notes) == (made, ())
     assert resolved_yaml(again) == text

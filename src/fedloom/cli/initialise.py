@@ -197,9 +197,9 @@ def recipe_for(source: Source, data: str, model: str, name: str, tests: Path | N
             lines.append(f"  columns: {yaml_value(dict(renamed))}")
     lines.append(f"  max_length: {length}".ljust(32) + f"# tokens; {length_note}")
     if not builtin:
-        lines.append(f"  val_set_size: {_size(0.05, rows_per_client)}".ljust(32) + "# share, or rows, of each client")
+        lines.append(f"  val_set_size: {_size(0.05, rows_per_client, clients)}".ljust(32) + "# a share, or rows in all")
         if tests is None:
-            lines.append(f"  test_set_size: {_size(0.1, rows_per_client)}".ljust(32) + "# or test_path: FILE")
+            lines.append(f"  test_set_size: {_size(0.1, rows_per_client, clients)}".ljust(32) + "# or test_path: FILE")
         else:
             lines.append(f"  test_path: {yaml_value(str(tests))}    # left out of the clients' rows")
     lines += [
@@ -232,9 +232,9 @@ def recipe_for(source: Source, data: str, model: str, name: str, tests: Path | N
     return "\n".join(lines) + "\n"
 
 
-def _size(share: float, rows: int) -> str:
-    """A share of a client's rows, or one row where the share would round to none."""
-    return f"{share}" if share * rows >= 0.5 else "1"
+def _size(share: float, rows: int, clients: int) -> str:
+    """A share of each client's `rows`, or about one row per client where the share would round to none."""
+    return f"{share}" if share * rows >= 0.5 else str(clients)
 
 
 def _columns_note(source: Source) -> str:

@@ -147,12 +147,12 @@ class DataRecipe(_Block):
     )
     val_set_size: Annotated[int, Field(strict=True, ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
         DEFAULT_VAL_SHARE,
-        description="Validation rows of each client: a share below 1, or a whole number of rows. Built-in tasks with "
-        "the natural split bring their own.",
+        description="Validation rows: a share below 1 of each client's, or a whole number over all clients, in "
+        "proportion to what they have. Built-in tasks with the natural split bring their own.",
     )
     test_set_size: Annotated[int, Field(strict=True, ge=0)] | Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
-        description=f"Test rows of each client, as val_set_size. Default {DEFAULT_TEST_SHARE} without test_path; "
+        description=f"Test rows, as val_set_size. Default {DEFAULT_TEST_SHARE} without test_path; "
         "built-in tasks bring their own.",
     )
     limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Read no more than this many rows.")

@@ -27,7 +27,15 @@ def test_gsm8k_recipe_runs_on_a_model_folder_and_the_real_files(
     recipe = read_recipe(words[0], words[1:]).recipe
     assert (recipe.split.kind, recipe.split.clients, recipe.evaluate.score) == ("iid", 3, "final_number")
     # The run as it is, only shorter: few rows, rounds and answers.
-    short = ["rounds=2", "local_steps=3", "data.limit=60", "evaluate.limit=2", "max_new_tokens=4", "dtype=float32"]
+    short = [
+        "rounds=2",
+        "local_steps=3",
+        "data.limit=60",
+        "val_set_size=0.1",
+        "evaluate.limit=2",
+        "max_new_tokens=4",
+        "dtype=float32",
+    ]
     capsys.readouterr()
     assert main(["run", *words, *short, "--format", "json"]) == 0
     out, err = capsys.readouterr()

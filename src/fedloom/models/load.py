@@ -61,7 +61,7 @@ class Base:
     name: str  # as asked for: "builtin", a folder, a hub id
     dtype: torch.dtype
     num_parameters: int
-    folder: str | None = None  # where the weights lie, None for a model of `random_base`
+    folder: str | None = None  # where its files lie (of a hub id: in the cache), None for a model of `random_base`
     dtype_reason: str = ""  # why this dtype, in words
 
     @property
@@ -98,7 +98,7 @@ def load_base(
     _freeze(model)
     use_fast_attention(model)
     count = sum(parameter.numel() for parameter in model.parameters())
-    return Base(model, tokenizer, name, wanted, count, folder=str(source), dtype_reason=reason)
+    return Base(model, tokenizer, name, wanted, count, folder=_folder_of(source), dtype_reason=reason)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False, pad: bool = True) -> Any:
@@ -306,6 +306,16 @@ def _is_cached(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def _folder_of(source: Path | str) -> str:
+    """Where the files of a loaded model lie; those of a hub id are in the cache by now."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(source, Path):
+        return str(source)
+    config = try_to_load_from_cache(source, "config.json")
+    return str(Path(config).parent) if isinstance(config, str) else source
 
 
 def _is_offline(name: str) -> bool:

@@ -70,8 +70,6 @@ def _word(rng: random.Random) -> str:
         f"{word} has {len(word)} letters",
         f"{word} backwards is {word[::-1]}",
         f"{word} in capitals is {word.upper()}",
-        f"{word} starts with {word[0]} and ends with {word[-1]}",
-        f"{word} is spelled {'-'.join(word)}",
         f"the letters of {word} reversed give {word[::-1]}",
         f"on a big sign {word} looks like {word.upper()}",
     ]
@@ -329,15 +327,15 @@ def _glossary(rng: random.Random) -> str:
 
 DOCUMENTS: tuple[tuple[Callable[[random.Random], str], int], ...] = (
     (_glossary, 4),
-    (_word, 16),
-    (_letters, 14),
-    (_list, 18),
+    (_word, 18),
+    (_letters, 12),
+    (_list, 20),
     (_numbers, 12),
-    (_sums, 14),
-    (_class, 8),
-    (_story, 10),
+    (_sums, 12),
+    (_class, 7),
+    (_story, 8),
     (_things, 9),
-    (_function, 18),
+    (_function, 20),
 )
 _LETTER_DOCUMENTS = (_word, _letters, _function, _glossary)  # never capitalised: the first letter is content
 CHATTER = (

@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the text, the first weights and the order of the blocks"
     )
-    parser.add_argument("--steps", type=int, default=6_000, help=f"of {BATCH} blocks of {BLOCK} tokens")
+    parser.add_argument("--steps", type=int, default=4_000, help=f"of {BATCH} blocks of {BLOCK} tokens")
     parser.add_argument("--threads", type=int, default=1, help="sums depend on it, so it is part of the record")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     args = parser.parse_args()

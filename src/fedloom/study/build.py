@@ -36,8 +36,8 @@ from fedloom.types import (
 )
 
 POOLED = "pooled"  # the one client of the global arm
-CPU_TOKENS_PER_PASS = 4096  # beyond it a wider cohort gains nothing on a CPU and only takes memory
-GPU_TOKENS_PER_PASS = 32768
+CPU_NUMBERS_PER_PASS = 640_000  # tokens x hidden size: beyond it a wider pass loses on a CPU (benchmarks/throughput)
+GPU_TOKENS_PER_PASS = 32_768
 
 CLIENT_OPTIMIZERS: Mapping[str, Callable[[ClientRecipe], Optimizer]] = {
     "adamw": lambda r: adamw(r.learning_rate, weight_decay=r.weight_decay or 0.0, **_betas(r)),
@@ -149,10 +149,10 @@ def population_of(federation: Federation, recipe: Recipe, arm: str) -> Clients:
     return Clients({POOLED: pooled}, pad_id_of(federation.tokenizer), size * width, recipe.seed, steps)
 
 
-def global_pieces(recipe: Recipe, federation: Federation) -> int:
+def global_pieces(recipe: Recipe, federation: Federation, base: Base) -> int:
     """Passes in which the global arm works off a cohort's batch: as many as the federated arm has blocks of clients."""
     cohort = clients_per_round(recipe, len(federation.clients)) or len(federation.clients)
-    at_once = width_of(recipe, federation) if recipe.runtime.kind == "batched" else 1
+    at_once = width_of(recipe, federation, base) if recipe.runtime.kind == "batched" else 1
     return -(-cohort // at_once)
 
 
@@ -174,6 +174,7 @@ def runtime_of(
     recipe: Recipe,
     federation: Federation,
     arm: str,
+    base: Base,
     make_base: Callable[[], Base],
     evaluations: Mapping[str, Evaluation],
 ) -> Runtime:
@@ -194,19 +195,20 @@ def runtime_of(
     elif kind == "sequential" or kind == "loopback":
         runtime = sequential()
     else:
-        runtime = batched(width_of(recipe, federation))
+        runtime = batched(width_of(recipe, federation, base))
     share = recipe.runtime.client_dropout
     return with_dropout(runtime, share) if share and arm == "federated" else runtime
 
 
-def width_of(recipe: Recipe, federation: Federation) -> int:
+def width_of(recipe: Recipe, federation: Federation, base: Base) -> int:
     """Clients in one pass: as asked for, or as many as fill a pass with tokens."""
     width = recipe.runtime.clients_per_batch
     if isinstance(width, int):
         return width
     lengths = federation.pooled("train").lengths
     typical = float(lengths.mean()) if len(lengths) else 1.0
-    room = GPU_TOKENS_PER_PASS if torch.cuda.is_available() else CPU_TOKENS_PER_PASS
+    hidden_size = int(getattr(base.model.config, "hidden_size", 1024))
+    room = CPU_NUMBERS_PER_PASS // hidden_size if base.device.type == "cpu" else GPU_TOKENS_PER_PASS
     wanted = int(room // max(1.0, typical * recipe.client.per_device_train_batch_size))
     return max(1, min(wanted, len(federation.clients)))
 

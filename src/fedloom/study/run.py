@@ -264,13 +264,15 @@ class _Runner:
         self._stage("base", algorithm, runtime, state, totals)
 
     def _plain_runtime(self) -> Runtime:
-        return batched(width_of(self.recipe, self.session.federation))
+        return batched(width_of(self.recipe, self.session.federation, self.session.base))
 
     def _train(self, arm: str) -> None:
-        pieces = global_pieces(self.recipe, self.session.federation) if arm == "global" else 1
+        pieces = global_pieces(self.recipe, self.session.federation, self.session.base) if arm == "global" else 1
         algorithm = algorithm_of(self.recipe, arm, pieces=pieces)
         adapter, recipe, federation = self.session.adapter, self.recipe, self.session.federation
-        runtime = runtime_of(recipe, federation, arm, lambda: make_base(recipe), self.measures.table())
+        runtime = runtime_of(
+            recipe, federation, arm, self.session.base, lambda: make_base(recipe), self.measures.table()
+        )
         population = Watched(population_of(federation, recipe, arm), self.display)
         state = initial_state(algorithm, adapter, recipe.seed)
         saved = self.folder.checkpoints(arm)
@@ -387,7 +389,7 @@ class _Runner:
         # the pooled model is everyone's model, so the global arm is evaluated like the base and the federated one
         evaluation = self.measures.common if arm == "local" else self.measures.own
         found: dict[str, Metrics] = {}
-        width = max(1, width_of(self.recipe, self.session.federation))
+        width = max(1, width_of(self.recipe, self.session.federation, self.session.base))
         for first in range(0, len(clients), width):
             block = clients[first : first + width]
             found.update(runtime.evaluate(algorithm, self.session.adapter, state, block, evaluation))

@@ -236,7 +236,7 @@ def plan(session: Session, *, probe: bool = True) -> PlanReport:
         bytes_total=(up + down) * cohort * recipe.rounds,
         score=session.measures().score,
         arms=list(recipe.arms),
-        clients_per_batch=width_of(recipe, federation) if recipe.runtime.kind == "batched" else 1,
+        clients_per_batch=width_of(recipe, federation, session.base) if recipe.runtime.kind == "batched" else 1,
         data=report.said,
         tokens_per_second=speed,
         train_seconds=seconds,
@@ -250,7 +250,7 @@ def _probe(session: Session) -> float:
     algorithm = algorithm_of(recipe)
     state = initial_state(algorithm, adapter, recipe.seed)
     population = population_of(federation, recipe, "federated")
-    width = width_of(recipe, federation) if recipe.runtime.kind == "batched" else 1
+    width = width_of(recipe, federation, session.base) if recipe.runtime.kind == "batched" else 1
     ids = list(population.ids)[:width]
     train = federation.pooled("train")
     size = recipe.client.per_device_train_batch_size * recipe.client.gradient_accumulation_steps

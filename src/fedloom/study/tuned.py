@@ -237,7 +237,7 @@ def evaluate_run(
     federation = session.federation if data is None else _only_tests(session.federation, recipe, data)
     measured = measures(recipe, federation)
     clients = [Client(client, ()) for client in federation.clients]
-    runtime = batched(width_of(recipe, session.federation))
+    runtime = batched(width_of(recipe, session.federation, session.base))
     outcome = one_model(runtime.evaluate(algorithm, adapter, state, clients, measured.own))
     rows = sum(len(client.test) for client in federation.clients.values())
     return Evaluated(data or recipe.data.path, measured.score, rows, outcome)

@@ -35,6 +35,8 @@ def test_gsm8k_recipe_runs_on_a_model_folder_and_the_real_files(
         "evaluate.limit=2",
         "max_new_tokens=4",
         "dtype=float32",
+        "threads=1",
+        "per_device_train_batch_size=2",
     ]
     capsys.readouterr()
     assert main(["run", *words, *short, "--format", "json"]) == 0

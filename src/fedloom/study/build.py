@@ -213,9 +213,11 @@ def width_of(recipe: Recipe, federation: Federation, base: Base) -> int:
     return max(1, min(wanted, len(federation.clients)))
 
 
-def message_bytes(algorithm: Algorithm, adapter: Adapter, state: State, client: Client) -> tuple[int, int]:
+def message_bytes(
+    algorithm: Algorithm, adapter: Adapter, state: State, client: Client, cohort: tuple[str, ...]
+) -> tuple[int, int]:
     """(up, down): bytes of one client's messages in a round, by the codec, found without training."""
-    site = Site(state.seed, state.round, client.id, (client.id,))
+    site = Site(state.seed, state.round, client.id, cohort)
     narrowed = {name: leaf[None] for name, leaf in adapter.narrow(state.params, client).items()}
     personal = {name: leaf[None] for name, leaf in algorithm.client.personal(state.params).items()}
     delta_C, _ = algorithm.client.finish(narrowed, algorithm.client.init(narrowed, personal, [site]))

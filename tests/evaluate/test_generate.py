@@ -172,7 +172,6 @@ def test_streamed_pieces_make_up_the_answer(base: Base, adapter: Any) -> None:
 
 
 def test_scores_are_sums_over_each_clients_rows(base: Base, adapter: Any) -> None:
-    own = trees(adapter, 2)
     rows = [
         {"kind": "alpaca", "instruction": f"say {n}", "input": "", "output": "x", "category": "c"} for n in range(4)
     ]
@@ -197,4 +196,23 @@ def test_scores_are_sums_over_each_clients_rows(base: Base, adapter: Any) -> Non
     found = evaluation.run(roomy, stack(trees(roomy, 2)), [Client("a", ()), Client("b", ())])
     assert list(found) == [{"score_sum": 2.0, "scored": 3.0}, {"score_sum": 1.0, "scored": 1.0}]
     assert [(one.client, one.score) for one in seen] == [("a", 1.0), ("a", 0.5), ("a", 0.5), ("b", 1.0)]
-    del own
+
+
+def test_a_limit_takes_the_first_rows_of_each_client() -> None:
+    rows = [{"kind": "alpaca", "instruction": f"say {n}", "input": "", "output": "x"} for n in range(4)]
+    seen: list[Scored] = []
+    base = random_base(hidden_size=16, num_layers=1, num_heads=2, vocab_size=300, max_positions=512)
+    roomy = lora(base.model, rank=2)
+    evaluation = score_evaluation(
+        "score",
+        lambda client: rows if client == "a" else rows[:1],
+        "exact",
+        base.tokenizer,
+        max_new_tokens=1,
+        batch_size=4,
+        limit=2,
+        on_scored=seen.append,
+    )
+    found = evaluation.run(roomy, stack(trees(roomy, 2)), [Client("a", ()), Client("b", ())])
+    assert [metrics["scored"] for metrics in found] == [2.0, 1.0]
+    assert [one.row["instruction"] for one in seen] == ["say 0", "say 1", "say 0"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from tests.small import batch, clients, fedavg, gap, small_lora
 
 from fedloom.clients import sgd_client
 from fedloom.optimizers import decay, sgd
 from fedloom.rounds import initial_state, run_round
 from fedloom.runtimes import sequential
 from fedloom.types import State, Tree
-from tests.small import batch, clients, fedavg, gap, small_lora
 
 LR = 0.2
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.small import CLIENT_UPDATES, clients, fedavg, gap, small_lora
 
+from fedloom import wire
 from fedloom.clients import sgd_client
 from fedloom.errors import RunError
 from fedloom.optimizers import adamw
@@ -125,6 +126,35 @@ def test_a_round_leaves_its_state_as_it_was():
     assert gap(before, state.params) == 0
     assert gap(once.params, twice.params) == 0
     assert gap(once.params, state.params) > 0
+
+
+def test_the_server_remembers_from_round_to_round():
+    algorithm = fedavg(server=fed_avgm(1.0, momentum=0.5))
+    plain = fedavg()
+    adapter = small_lora()
+    first = initial_state(algorithm, adapter, 3)
+    second, _ = run_round(algorithm, adapter, batched(8), first, clients())
+    third, _ = run_round(algorithm, adapter, batched(8), second, clients())
+    pull, _ = run_round(plain, adapter, batched(8), dataclasses.replace(second, server=None), clients())
+    heavy = {k: pull.params[k] + 0.5 * (second.params[k] - first.params[k]) for k in first.params}
+    assert gap(third.params, heavy) < TOLERANCE
+    assert gap(third.params, pull.params) > 1e-4
+
+
+def test_a_client_is_told_who_takes_part_and_when():
+    algorithm = fedavg()
+    told = []
+
+    def listen(raw):
+        told.append(wire.decode(raw))
+        return wire.encode("failed", {"reason": "only listening"})
+
+    state = dataclasses.replace(initial_state(algorithm, small_lora(), 3), round=6)
+    done = loopback({"c0": listen, "c1": listen}).train(algorithm, small_lora(), state, clients(2))
+    assert done.failed == {"c0": "only listening", "c1": "only listening"}
+    assert [message.kind for message in told] == ["train", "train"]
+    assert told[1].header == {"seed": 3, "round": 6, "client": "c1", "cohort": ["c0", "c1"]}
+    assert gap(told[1].trees["params"], state.params) == 0
 
 
 def test_mixed_ranks_in_a_cohort_equal_each_at_its_own_rank():

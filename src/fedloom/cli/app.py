@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from fedloom.cli import environment, initialise, look, models, recipes, run, watch
-from fedloom.cli.common import be_quiet, hear_warnings, out, render, say
+from fedloom.cli.common import be_quiet, hear_warnings, out, render, say, wait_asleep
 from fedloom.errors import FedloomError, RunError, UserError, suggest
 
 __all__ = ["app", "main"]
@@ -85,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words or bool(os.environ.get("FEDLOOM_DEBUG"))
     words = [word for word in words if word != "--debug"]
     be_quiet()
+    wait_asleep()
     hear_warnings()
     try:
         code = app(args=words, prog_name="fedloom", standalone_mode=False)

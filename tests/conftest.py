@@ -14,6 +14,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TERM"] = "xterm"  # what CI sets, if anything, hides live displays
 os.environ.setdefault("NO_COLOR", "1")
 _CACHES = tempfile.mkdtemp(prefix="fedloom-tests-")
 os.environ["HF_HOME"] = _CACHES

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedloom.data.batches import Batches, eval_batches, round_batches, steps_per_epoch
+    from fedloom.data.clients import Clients, population
     from fedloom.data.federation import ClientData, DataReport, Federation, prepare
-    from fedloom.data.population import Clients, population
     from fedloom.data.rows import Row, Source, read
     from fedloom.data.templates import alpaca_prompt, answer_of, prompt_of
     from fedloom.data.tokens import Example, Examples, pad_id_of, prompt_ids, render_tokens
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "batches": ("Batches", "eval_batches", "round_batches", "steps_per_epoch"),
     "federation": ("ClientData", "DataReport", "Federation", "prepare"),
-    "population": ("Clients", "population"),
+    "clients": ("Clients", "population"),
     "rows": ("Row", "Source", "read"),
     "templates": ("alpaca_prompt", "answer_of", "prompt_of"),
     "tokens": ("Example", "Examples", "pad_id_of", "prompt_ids", "render_tokens"),

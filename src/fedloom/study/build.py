@@ -12,8 +12,8 @@ from fedloom.adapters import Lora, lora
 from fedloom.aggregates import mean
 from fedloom.clients import local_only, sgd_client
 from fedloom.data.batches import steps_per_epoch
+from fedloom.data.clients import Clients, population
 from fedloom.data.federation import ClientData, Federation
-from fedloom.data.population import Clients, population
 from fedloom.data.tokens import pad_id_of
 from fedloom.models.load import Base
 from fedloom.optimizers import Optimizer, adagrad, adam, adamw, decay, sgd, yogi

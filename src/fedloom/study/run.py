@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fedloom.data.batches import Batches
-from fedloom.data.population import Clients
+from fedloom.data.clients import Clients
 from fedloom.errors import RunError, UserError
 from fedloom.evaluate.loss import add_metrics, mean_loss, require_finite
 from fedloom.evaluate.scores import mean_score

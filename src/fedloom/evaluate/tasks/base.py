@@ -1,0 +1,95 @@
+"""What a task is: questions, what a model is asked to do with each, and how its answers are judged.
+
+A task is a value. Its items are read from files, a model answers them, and judging needs the answers alone: an answer
+that was written down can be judged again without the model.
+
+    items = task.load(source, settings)          # from local files, in a fixed order
+    answers = answer(model, items)               # texts for `Write`, log-likelihoods for `Choose`
+    scores = task.judge(items, answers)          # one mapping of metrics per item
+    summary = task.summarise(items, scores)      # metrics of the whole
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedloom.data.rows import Row
+from fedloom.evaluate.generate import Sampling
+
+__all__ = ["Answer", "Choose", "Item", "ItemScore", "Request", "Task", "TaskSettings", "Write"]
+
+
+class Write(NamedTuple):
+    """Write text after a prompt.
+
+    `prompt` is raw text, or a data row, whose prompt is then laid out as in training (the Alpaca layout or the chat
+    template). Writing ends at the model's stop token, before the first of `stop`, or after `max_new_tokens`.
+    """
+
+    prompt: str | Row
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    sampling: Sampling | None = None  # None: the most likely token
+    samples: int = 1  # answers to write, each with draws of its own
+
+
+class Choose(NamedTuple):
+    """Say how likely each choice is after the prompt. A choice is scored by the sum of its tokens' log-likelihoods."""
+
+    prompt: str | Row
+    choices: tuple[str, ...]
+
+
+Request = Write | Choose
+
+
+class Item(NamedTuple):
+    """One question of a task."""
+
+    id: str  # unique in the task, and the same in every run
+    request: Request
+    reference: Any  # what judging needs, as JSON: the gold number, the right choice's index, the tests of a program
+    group: str = ""  # subject or category, for scores by group
+
+
+class Answer(NamedTuple):
+    """What a model answered. Exactly one of the two is not empty."""
+
+    texts: tuple[str, ...] = ()  # of `Write`: one per sample, without the stop sequence
+    loglikelihoods: tuple[float, ...] = ()  # of `Choose`: nats, one per choice
+    lengths: tuple[int, ...] = ()  # of `Choose`: characters of each choice (UTF-8 bytes), for length-normalised accuracy
+
+
+ItemScore = Mapping[str, float]  # metric -> between 0 and 1
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What a user may choose; None is the task's own default."""
+
+    num_fewshot: int | None = None
+    limit: int | None = None  # items, the first ones (of each group, where the task has groups)
+    max_new_tokens: int | None = None
+    samples: int | None = None
+    seed: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)  # a task's own settings, validated by the task
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark.
+
+    `load` takes a file or folder in the published format (None: the task's usual place, else an error that says which
+    file to fetch and where to put it). `judge` gets all items at once, so that programs can run side by side.
+    """
+
+    name: str
+    title: str
+    metric: str  # the one to report first
+    source: str  # where the published files are, licence included
+    load: Callable[[Path | None, TaskSettings], Sequence[Item]]
+    judge: Callable[[Sequence[Item], Sequence[Answer]], Sequence[ItemScore]]
+    summarise: Callable[[Sequence[Item], Sequence[ItemScore]], dict[str, float]]

@@ -9,6 +9,9 @@ export GPU TORCH_INDEX
 
 .PHONY: help demo test check bench install lock clean
 
+# What the install leaves out: nothing, or (for the demo) all that only tests, checks and extras need.
+TIER :=
+
 help:
 	@echo "make demo      the built-in model and tasks, offline, ends with report.html"
 	@echo "make test      all tests                      (WORKERS=2 processes; PYTEST_ARGS=... goes to pytest)"
@@ -23,8 +26,9 @@ install:
 	  echo "fedloom needs Python 3.11 or later, and there is no $(PYTHON) here: name one, e.g. make install PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || [ -x $(BIN)/python ] || { \
 	  echo "fedloom needs Python 3.11 or later, and $(PYTHON) is `$(PYTHON) -V 2>&1`: name another, e.g. make install PYTHON=python3.12" >&2; exit 2; }
-	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(PYTHON) tools/install.py; else $(BIN)/python tools/install.py; fi
+	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(PYTHON) tools/install.py $(TIER); else $(BIN)/python tools/install.py $(TIER); fi
 
+demo: TIER := --core
 demo: install
 	$(BIN)/fedloom demo
 

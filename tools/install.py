@@ -70,10 +70,14 @@ def refusal(version: str, cuda: list[str], index: str) -> str:
 
 
 class Installer:
-    """One environment, one lock, and where PyTorch comes from."""
+    """One environment, one lock, and where PyTorch comes from.
 
-    def __init__(self, root: Path, venv: Path, gpu: bool, torch_index: str) -> None:
+    `core` leaves out what only tests, checks and optional extras need; an environment that has it all is never cut back.
+    """
+
+    def __init__(self, root: Path, venv: Path, gpu: bool, torch_index: str, core: bool = False) -> None:
         self.root = root
+        self.core = core
         self.venv = venv
         self.gpu = gpu
         self.torch_index = torch_index
@@ -101,6 +105,8 @@ class Installer:
         """Tell whether the environment is as a call with these arguments would leave it."""
         done, wanted = self.done(), self.wanted()
         if not self.python.exists() or any(done.get(key) != value for key, value in wanted.items()):
+            return False
+        if done.get("core") is True and not self.core:
             return False
         # A build once chosen stays until another is asked for.
         same_index = not self.torch_index or done.get("torch_index") == self.torch_index
@@ -190,17 +196,25 @@ class Installer:
         done = self.done()
         if not self.gpu and not self.torch_index:
             self.gpu, self.torch_index = done.get("gpu") is True, str(done.get("torch_index") or "")
+        if done.get("core") is False:
+            self.core = False  # what was there before is kept up to date, not taken away
         started = time.monotonic()
         say(f"installing into {self.venv.name} from requirements.lock")
         self.make_environment()
         self.stamp.unlink(missing_ok=True)
         self.pip(f"pip=={locked_version(self.lock, 'pip')}")
         self.install_torch()
-        say("the other packages of requirements.lock")
-        # The lock is complete, so nothing but what it names is ever installed.
-        self.pip("--no-deps", "--requirement", str(self.lock_path))
-        self.pip("--no-deps", "--no-build-isolation", "--editable", ".")
-        stamp = {**self.wanted(), "gpu": self.gpu, "torch_index": self.torch_index}
+        if self.core:
+            say("what fedloom itself needs, as pinned in requirements.lock")
+            pinned = ["--constraint", str(self.lock_path)]
+            self.pip(*pinned, "hatchling", "editables")
+            self.pip(*pinned, "--no-build-isolation", "--editable", ".")
+        else:
+            say("the other packages of requirements.lock")
+            # The lock is complete, so nothing but what it names is ever installed.
+            self.pip("--no-deps", "--requirement", str(self.lock_path))
+            self.pip("--no-deps", "--no-build-isolation", "--editable", ".")
+        stamp = {**self.wanted(), "gpu": self.gpu, "torch_index": self.torch_index, "core": self.core}
         self.stamp.write_text(json.dumps(stamp), encoding="utf-8")
         say(f"installed in {time.monotonic() - started:.0f} s")
 
@@ -216,10 +230,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--venv", default=".venv")
     parser.add_argument("--gpu", default=os.environ.get("GPU", ""), help="1: take PyTorch's CUDA build")
     parser.add_argument("--torch-index", default=os.environ.get("TORCH_INDEX", ""), help="an index with a CPU build")
+    parser.add_argument("--core", action="store_true", help="without what tests, checks and extras need")
     options = parser.parse_args(arguments)
     root = Path(__file__).resolve().parent.parent
     try:
-        Installer(root, root / options.venv, options.gpu not in ("", "0"), options.torch_index).run()
+        Installer(root, root / options.venv, options.gpu not in ("", "0"), options.torch_index, options.core).run()
     except InstallError as error:
         print(f"install: {error}", file=sys.stderr)
         return 1

@@ -117,15 +117,18 @@ def watch_pip(installer: install.Installer, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class TestWhatIsRemembered:
-    def installer(self, root: Path, gpu: bool = False, torch_index: str = "") -> install.Installer:
-        return install.Installer(root, root / ".venv", gpu, torch_index)
+    def installer(
+        self, root: Path, gpu: bool = False, torch_index: str = "", core: bool = False
+    ) -> install.Installer:
+        return install.Installer(root, root / ".venv", gpu, torch_index, core)
 
-    def finished(self, root: Path, gpu: bool = False, torch_index: str = "") -> None:
+    def finished(self, root: Path, gpu: bool = False, torch_index: str = "", core: bool = False) -> None:
         """Leave what a finished install leaves."""
         one = self.installer(root, gpu, torch_index)
         one.python.parent.mkdir(parents=True, exist_ok=True)
         one.python.symlink_to(sys.executable)
-        one.stamp.write_text(json.dumps({**one.wanted(), "gpu": gpu, "torch_index": torch_index}), encoding="utf-8")
+        stamp = {**one.wanted(), "gpu": gpu, "torch_index": torch_index, "core": core}
+        one.stamp.write_text(json.dumps(stamp), encoding="utf-8")
 
     def test_a_second_call_does_nothing_and_needs_no_choice_again(self, tmp_path: Path) -> None:
         root = project(tmp_path)
@@ -139,6 +142,28 @@ class TestWhatIsRemembered:
         self.finished(root)
         assert not self.installer(root, gpu=True).is_current()
         assert not self.installer(root, torch_index="file:///cpu").is_current()
+
+    def test_the_core_alone_does_for_the_demo_but_not_for_the_tests(self, tmp_path: Path) -> None:
+        self.finished(project(tmp_path / "core"), core=True)
+        assert self.installer(tmp_path / "core", core=True).is_current()
+        assert not self.installer(tmp_path / "core").is_current()
+        self.finished(project(tmp_path / "all"))
+        assert self.installer(tmp_path / "all", core=True).is_current()
+
+    @pytest.mark.parametrize("core", [True, False])
+    def test_an_environment_with_everything_is_never_cut_back(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, core: bool
+    ) -> None:
+        root = project(tmp_path)
+        self.finished(root, core=core)
+        (root / "pyproject.toml").write_text("# changed\n", encoding="utf-8")
+        installer = self.installer(root, core=True)
+        calls = watch_pip(installer, monkeypatch)
+        monkeypatch.setattr(installer, "install_torch", lambda: None)
+        installer.run()
+        assert any("--requirement" in call for call in calls) == (not core)
+        assert any("--constraint" in call for call in calls) == core
+        assert json.loads(installer.stamp.read_text(encoding="utf-8"))["core"] is core
 
     @pytest.mark.parametrize("name", ["requirements.lock", "pyproject.toml", "tools/install.py"])
     def test_a_changed_input_is_not_current(self, tmp_path: Path, name: str) -> None:

@@ -60,7 +60,9 @@ class Answer(NamedTuple):
 
     texts: tuple[str, ...] = ()  # of `Write`: one per sample, without the stop sequence
     loglikelihoods: tuple[float, ...] = ()  # of `Choose`: nats, one per choice
-    lengths: tuple[int, ...] = ()  # of `Choose`: characters of each choice (UTF-8 bytes), for length-normalised accuracy
+    lengths: tuple[
+        int, ...
+    ] = ()  # of `Choose`: characters of each choice (UTF-8 bytes), for length-normalised accuracy
 
 
 ItemScore = Mapping[str, float]  # metric -> between 0 and 1

@@ -278,19 +278,6 @@ def test_next_commands_fit_the_run(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- result.json
 
 
-def test_scores_of_clients() -> None:
-    found = scores({"a": 0.5, "b": 1.0, "c": None}, loss=1.0)
-    assert found == {
-        "loss": 1.0,
-        "score": 0.75,
-        "score_per_client": {"a": 0.5, "b": 1.0, "c": None},
-        "score_worst": 0.5,
-        "score_std": 0.25,
-    }
-    assert scores({"a": 0.5}, loss=None, score=0.4)["score"] == 0.4
-    assert scores({}, loss=None)["score"] is None
-
-
 def test_the_result_names_every_difference_to_its_form() -> None:
     result: dict[str, Any] = json.loads(json.dumps(a_result()))
     assert check_result(result) == result

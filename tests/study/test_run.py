@@ -112,6 +112,13 @@ def test_the_run_folder_has_what_it_should(plain, home):
     seen = [(line["arm"], line["round"]) for line in rounds]
     assert seen == [("base", 0)] + [(arm, r) for arm in ("local", "federated", "global") for r in range(4)]
     assert all(line["val_loss"] is not None for line in rounds)
+    for line in rounds:
+        each = line["val_loss_per_client"]
+        assert set(each) == {"a", "b", "c"}
+        assert min(each.values()) <= line["val_loss"] <= max(each.values())
+        assert "score_per_client" not in line  # nothing is scored on validation rows unless it is asked for
+    untouched = [line["val_loss_per_client"] for line in rounds if line["round"] == 0]
+    assert all(each == pytest.approx(untouched[0]) for each in untouched), "all arms start from the same model"
     report = (plain / "report.html").read_text()
     assert "federated" in report
     assert "http://" not in report.replace("http://www.w3.org", "")

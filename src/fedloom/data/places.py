@@ -1,6 +1,6 @@
-"""Where published files are looked for: one folder for all of them, and an error that says what to fetch and where to.
+"""Where published files are looked for: one folder for all, and an error that says what to fetch and where to put it.
 
-The folder is `$FEDLOOM_DATA`, by default `fedloom/data` in the user's cache. Nothing is ever downloaded into it unasked.
+The folder is `$FEDLOOM_DATA`, by default `fedloom/data` in the user's cache. Nothing is downloaded into it unasked.
 """
 
 from __future__ import annotations

@@ -103,8 +103,7 @@ def measures(recipe: Recipe, federation: Federation, on_scored: OnScored | None 
 def one_model(per_client: Mapping[str, Metrics]) -> ArmResult:
     """Scores of an arm with one model, from its metrics on each client's test set."""
     total = add_metrics(per_client.values())
-    each = {client: mean_score(row) for client, row in per_client.items()}
-    common = scores(each, loss=_finite(mean_loss(total)), score=mean_score(total))
+    common = summary(per_client, loss=_finite(mean_loss(total)), score=mean_score(total))
     return {**common, "own_test": _plain_mean(per_client)}
 
 
@@ -119,17 +118,27 @@ def model_each(per_model: Mapping[str, Metrics], owners: Sequence[str]) -> ArmRe
         by_owner[model] = parts
     whole = {model: add_metrics(parts.values()) for model, parts in by_owner.items()}
     losses = [mean_loss(row) for row in whole.values()]
-    common = scores(
-        {model: mean_score(row) for model, row in whole.items()}, loss=_finite(math.fsum(losses) / len(losses))
-    )
+    common = summary(whole, loss=_finite(math.fsum(losses) / len(losses)))
     return {**common, "own_test": _plain_mean({model: parts[model] for model, parts in by_owner.items()})}
+
+
+def summary(per_client: Mapping[str, Metrics], *, loss: float | None, score: float | None = None) -> Scores:
+    """All figures over clients, from each one's metrics; `score` is their plain mean unless it is given."""
+    return scores(
+        {client: mean_score(row) for client, row in per_client.items()},
+        loss=loss,
+        score=score,
+        losses={client: _finite(mean_loss(row)) for client, row in per_client.items()},
+        score_weights={client: row.get("scored", 0.0) for client, row in per_client.items()},
+        loss_weights={client: row.get("target_tokens", 0.0) for client, row in per_client.items()},
+    )
 
 
 def _plain_mean(per_client: Mapping[str, Metrics]) -> Scores:
     """Each client's model on its own test set: the mean over clients, whatever their sizes."""
     losses = [mean_loss(row) for row in per_client.values() if row.get("target_tokens") or row.get("nonfinite")]
     mean = math.fsum(losses) / len(losses) if losses else math.nan
-    return scores({client: mean_score(row) for client, row in per_client.items()}, loss=_finite(mean))
+    return summary(per_client, loss=_finite(mean))
 
 
 def _finite(value: float) -> float | None:

@@ -16,10 +16,14 @@ __all__ = [
     "ArmCosts",
     "ArmResult",
     "Costs",
+    "EqualSamples",
+    "Outcome",
     "Result",
+    "SampledArm",
     "Scores",
     "build_result",
     "check_result",
+    "perplexity",
     "scores",
     "skipped_leaves",
     "versions",
@@ -36,21 +40,35 @@ Amount = Annotated[float, Field(ge=0)]
 class Scores(TypedDict):
     """One measurement of an arm. A score is between 0 and 1; a loss is the mean over answer tokens, in nats.
 
-    None where nothing was measured (a recipe without a score, say).
+    None where nothing was measured (a recipe without a score, say). Per client: the worst is the lowest score and the
+    highest loss; the decile is the mean over the worst tenth of the clients (rounded down, at least one); std is that
+    of the whole population (divided by n). A weighted mean counts a client by its rows (scores) or answer tokens
+    (losses), a plain mean counts each client once.
     """
 
     loss: float | None
     score: Share | None
     score_per_client: dict[str, Share | None]
-    score_worst: Share | None  # over the clients
-    score_std: Amount | None  # over the clients, of the whole population (divided by n)
+    score_worst: Share | None
+    score_std: Amount | None
+    score_plain_mean: NotRequired[Share | None]
+    score_weighted_mean: NotRequired[Share | None]
+    score_decile: NotRequired[Share | None]
+    perplexity: NotRequired[Amount | None]  # exp of `loss`
+    loss_per_client: NotRequired[dict[str, float | None]]
+    loss_plain_mean: NotRequired[float | None]
+    loss_weighted_mean: NotRequired[float | None]
+    loss_worst: NotRequired[float | None]
+    loss_decile: NotRequired[float | None]
+    loss_std: NotRequired[Amount | None]
 
 
 @with_config(extra="forbid", allow_inf_nan=False)
 class ArmResult(Scores):
     """An arm on the common test set (the union of the clients' test sets), and on each client's own.
 
-    `local` has one model per client: its `score` is the mean over them, its `score_per_client` names them.
+    `local` has one model per client: its `score` is the mean over them, its `score_per_client` names them. For the
+    other arms `score_per_client` is the one model on each client's part of the common test set.
     """
 
     own_test: Scores
@@ -58,16 +76,25 @@ class ArmResult(Scores):
 
 @with_config(extra="forbid", allow_inf_nan=False)
 class Costs(TypedDict):
-    """What the run cost. Bytes are those of serialised payloads; seconds are wall-clock time spent training."""
+    """What the run cost: the federated arm's costs, and what the arms share.
+
+    Bytes are those of serialised payloads. Seconds are wall-clock time by phase; the phases do not overlap.
+    """
 
     bytes_up_per_client_round: Amount
     bytes_down_per_client_round: Amount
     train_tokens: Count
     train_seconds: Amount
     tokens_per_second: Amount
-    peak_memory_bytes: Count
+    peak_memory_bytes: Count  # of the whole run
     trainable_parameters: Count
     total_parameters: Count
+    trainable_share: NotRequired[Share]
+    prepare_seconds: NotRequired[Amount]  # model, data, plan: before the first arm
+    samples: NotRequired[Count]
+    flops: NotRequired[Amount]
+    communication_seconds: NotRequired[Amount]
+    evaluate_seconds: NotRequired[Amount]
 
 
 @with_config(extra="forbid", allow_inf_nan=False)
@@ -77,10 +104,50 @@ class ArmCosts(TypedDict):
     bytes_up_per_client_round: Amount
     bytes_down_per_client_round: Amount
     train_tokens: Count
-    train_seconds: Amount
+    train_seconds: Amount  # local training, averaging, the server's step
     tokens_per_second: Amount
-    evaluate_seconds: NotRequired[Amount]
+    evaluate_seconds: NotRequired[Amount]  # validation, test, benchmark tasks
+    communication_seconds: NotRequired[Amount]  # making and reading messages, where the runtime sends any
+    checkpoint_seconds: NotRequired[Amount]
     rounds: NotRequired[Count]
+    samples: NotRequired[Count]  # examples trained on, all clients together
+    samples_per_model: NotRequired[Amount]  # of them, what one model has seen: for `local` the mean over its models
+    padded_tokens: NotRequired[Count]  # what went through the model, padding included
+    flops: NotRequired[Amount]  # of training, an estimate on real tokens
+    flops_padded: NotRequired[Amount]  # the same on padded tokens: what the machine computed
+    peak_memory_bytes: NotRequired[Count]
+    peak_memory_of: NotRequired[Literal["arm", "process"]]  # "process": the highest since the process began
+    trainable_share: NotRequired[Share]
+
+
+@with_config(extra="forbid", allow_inf_nan=False)
+class Outcome(TypedDict):
+    """How an arm ended, and which of its states was tested."""
+
+    rounds: Count  # done
+    planned_rounds: Count
+    stopped_early: bool
+    best_round: Count | None
+    best_by: str  # a key of validation, "TASK/METRIC", or "last": nothing to choose by, so the last round is the best
+    best_value: float | None
+    round: Count  # the state that was tested (and exported)
+
+
+@with_config(extra="forbid", allow_inf_nan=False)
+class SampledArm(TypedDict):
+    """An arm after the first round in which its model had seen enough samples."""
+
+    round: Count
+    samples: Amount  # that one model has seen by then; fewer than asked for where the whole run has fewer
+    result: ArmResult
+
+
+@with_config(extra="forbid", allow_inf_nan=False)
+class EqualSamples(TypedDict):
+    """Arms compared after one model has seen the same number of samples: as many as a local model sees in the run."""
+
+    samples: Count
+    arms: dict[str, SampledArm]
 
 
 @with_config(extra="forbid", allow_inf_nan=False)
@@ -92,6 +159,9 @@ class Result(TypedDict):
     seed: int
     status: Literal["done", "stopped", "running"]
     arms: dict[str, ArmResult]
+    equal_samples: NotRequired[EqualSamples]
+    tasks: NotRequired[dict[str, dict[str, dict[str, float]]]]  # arm -> benchmark task -> metric -> value
+    outcomes: NotRequired[dict[str, Outcome]]
     costs: Costs
     costs_per_arm: dict[str, ArmCosts]
     skipped: dict[str, Any]
@@ -104,21 +174,74 @@ class Result(TypedDict):
 _RESULT: TypeAdapter[Result] = TypeAdapter(Result)
 
 
-def scores(per_client: Mapping[str, float | None], *, loss: float | None, score: float | None = None) -> Scores:
+def scores(
+    per_client: Mapping[str, float | None],
+    *,
+    loss: float | None,
+    score: float | None = None,
+    losses: Mapping[str, float | None] | None = None,
+    score_weights: Mapping[str, float] | None = None,
+    loss_weights: Mapping[str, float] | None = None,
+) -> Scores:
     """Scores of one arm from its clients' scores; `score` is their mean unless it is given.
 
     `score` differs from that mean where clients' test sets differ in size and one model is scored on their union.
+
+    Args:
+        losses: the clients' losses, for the same figures of the loss.
+        score_weights, loss_weights: how much a client counts in the weighted means; without them these are left out.
     """
-    known = [value for value in per_client.values() if value is not None]
-    mean = math.fsum(known) / len(known) if known else None
-    std = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / len(known)) if mean is not None else None
-    return {
+    found: Scores = {
         "loss": loss,
-        "score": mean if score is None else score,
+        "score": _mean(per_client) if score is None else score,
         "score_per_client": dict(per_client),
-        "score_worst": min(known) if known else None,
-        "score_std": std,
+        "score_worst": min(_known(per_client), default=None),
+        "score_std": _std(per_client),
+        "score_plain_mean": _mean(per_client),
+        "score_decile": _worst_tenth(per_client, highest=False),
+        "perplexity": perplexity(loss),
     }
+    if score_weights is not None:
+        found["score_weighted_mean"] = _mean(per_client, score_weights)
+    if losses is not None:
+        found["loss_per_client"] = dict(losses)
+        found["loss_plain_mean"] = _mean(losses)
+        found["loss_worst"] = max(_known(losses), default=None)
+        found["loss_decile"] = _worst_tenth(losses, highest=True)
+        found["loss_std"] = _std(losses)
+        if loss_weights is not None:
+            found["loss_weighted_mean"] = _mean(losses, loss_weights)
+    return found
+
+
+def perplexity(loss: float | None) -> float | None:
+    """exp of a loss in nats; None where there is none, or it is beyond what a number holds."""
+    return math.exp(loss) if loss is not None and loss < 700 else None
+
+
+def _known(values: Mapping[str, float | None]) -> list[float]:
+    return [value for value in values.values() if value is not None]
+
+
+def _mean(values: Mapping[str, float | None], weights: Mapping[str, float] | None = None) -> float | None:
+    """None when nothing is known, or what is known weighs nothing. Shares of 1 stay at most 1, rounding aside."""
+    known = [(value, 1.0 if weights is None else weights[name]) for name, value in values.items() if value is not None]
+    whole = math.fsum(weight for _, weight in known)
+    if not whole:
+        return None
+    mean = math.fsum(value * weight for value, weight in known) / whole
+    return min(max(mean, min(value for value, _ in known)), max(value for value, _ in known))
+
+
+def _std(values: Mapping[str, float | None]) -> float | None:
+    known, mean = _known(values), _mean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in known) / len(known)) if mean is not None else None
+
+
+def _worst_tenth(values: Mapping[str, float | None], *, highest: bool) -> float | None:
+    known = sorted(_known(values), reverse=highest)
+    worst = known[: max(1, len(known) // 10)]
+    return math.fsum(worst) / len(worst) if worst else None
 
 
 def versions(
@@ -157,6 +280,9 @@ def build_result(
     recipe: Mapping[str, Any],
     skipped: Mapping[str, Any] | None = None,
     status: Literal["done", "stopped", "running"] = "done",
+    equal_samples: EqualSamples | None = None,
+    tasks: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
+    outcomes: Mapping[str, Outcome] | None = None,
 ) -> Result:
     """The content of result.json, checked.
 
@@ -171,6 +297,9 @@ def build_result(
             "seed": seed,
             "status": status,
             "arms": dict(arms),
+            **({} if equal_samples is None else {"equal_samples": equal_samples}),
+            **({} if tasks is None else {"tasks": {arm: dict(found) for arm, found in tasks.items()}}),
+            **({} if outcomes is None else {"outcomes": dict(outcomes)}),
             "costs": dict(costs),
             "costs_per_arm": dict(costs_per_arm),
             "skipped": dict(skipped or {}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
 import signal
 import threading
@@ -318,8 +319,8 @@ class _Runner:
 
     def _validate(
         self, arm: str, algorithm: Algorithm, runtime: Runtime, state: State, totals: Totals
-    ) -> dict[str, float] | None:
-        """Summed validation metrics of all clients; None without validation rows."""
+    ) -> Mapping[str, Metrics] | None:
+        """Validation metrics of each client; None without validation rows."""
         clients = [Client(one.id, ()) for one in self.session.federation.clients.values() if len(one.validation)]
         if not clients:
             return None
@@ -328,30 +329,40 @@ class _Runner:
         found = runtime.evaluate(algorithm, self.session.adapter, state, clients, self.measures.validation)
         require_finite(found, f"validation after round {state.round}", limit=MAX_BAD_SHARE)
         totals.evaluate_seconds += time.perf_counter() - start
-        return add_metrics(found.values())
+        return found
 
-    def _save(self, arm: str, state: State, totals: Totals, val: dict[str, float] | None) -> None:
+    def _save(self, arm: str, state: State, totals: Totals, val: Mapping[str, Metrics] | None) -> None:
         best = False
         if val is not None:
-            score = mean_score(val) if self.recipe.evaluate.best_by == "score" else None
-            value = -score if score is not None else mean_loss(val)  # smaller is better
+            total = add_metrics(val.values())
+            score = mean_score(total) if self.recipe.evaluate.best_by == "score" else None
+            value = -score if score is not None else mean_loss(total)  # smaller is better
             best = totals.best is None or value < totals.best
             if best:
                 totals.best, totals.best_round = value, state.round
-            totals.last_val_loss = mean_loss(val)
+            totals.last_val_loss = mean_loss(total)
         extra = {"totals": asdict(totals), "arm": arm}
         checkpoint.save(self.folder.checkpoints(arm), state, extra, self.recipe.checkpoint.save_total_limit, best)
 
     def _line(
-        self, arm: str, round: int, report: RoundReport | None, totals: Totals, val: dict[str, float] | None
+        self, arm: str, round: int, report: RoundReport | None, totals: Totals, val: Mapping[str, Metrics] | None
     ) -> None:
+        total = None if val is None else add_metrics(val.values())
         line: dict[str, Any] = {
             "arm": arm,
             "round": round,
             "rounds": 0 if arm == "base" else self.recipe.rounds,
-            "val_loss": mean_loss(val) if val is not None else None,
-            "score": mean_score(val) if val is not None else None,
+            "val_loss": mean_loss(total) if total is not None else None,
+            "score": mean_score(total) if total is not None else None,
         }
+        if val is not None:
+            each = {client: mean_loss(row) for client, row in val.items()}
+            line["val_loss_per_client"] = {
+                client: loss if math.isfinite(loss) else None for client, loss in each.items()
+            }
+            scored = {client: mean_score(row) for client, row in val.items()}
+            if any(score is not None for score in scored.values()):
+                line["score_per_client"] = scored
         if report is not None:
             sent = arm == "federated"
             done = max(1, len(report.clients))

@@ -72,7 +72,7 @@ def refusal(version: str, cuda: list[str], index: str) -> str:
 class Installer:
     """One environment, one lock, and where PyTorch comes from.
 
-    `core` leaves out what only tests, checks and optional extras need; an environment that has it all is never cut back.
+    `core` leaves out what only tests, checks and optional extras need; an environment with all of it is not cut back.
     """
 
     def __init__(self, root: Path, venv: Path, gpu: bool, torch_index: str, core: bool = False) -> None:

@@ -117,9 +117,7 @@ def watch_pip(installer: install.Installer, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class TestWhatIsRemembered:
-    def installer(
-        self, root: Path, gpu: bool = False, torch_index: str = "", core: bool = False
-    ) -> install.Installer:
+    def installer(self, root: Path, gpu: bool = False, torch_index: str = "", core: bool = False) -> install.Installer:
         return install.Installer(root, root / ".venv", gpu, torch_index, core)
 
     def finished(self, root: Path, gpu: bool = False, torch_index: str = "", core: bool = False) -> None:

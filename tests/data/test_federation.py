@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.data import plain
 from tests.data.toys import CHATML, Data, Split, alpaca_rows, tokenizer, write
 
 from fedloom.data import prepare
@@ -90,7 +91,7 @@ def test_dirichlet_gives_everybody_training_rows(path: str) -> None:
 
 def test_dirichlet_redraws_when_a_client_gets_nothing(path: str) -> None:
     keys = [row["category"] for row in alpaca_rows(120, CATEGORIES)]
-    assert not all(splitting.dirichlet(keys, 12, 0.3, seed=0).values()), "the first draw is fine: no example"
+    assert not all(map(len, splitting.dirichlet(keys, 12, 0.3, seed=0).values())), "the first draw is fine: no example"
     federation = prepare(Data(path), Split("dirichlet", 12, 0.3), PLAIN, 0)
     assert len(federation.clients) == 12 and all(len(client.train) for client in federation.clients.values())
 
@@ -212,6 +213,30 @@ def test_no_duplicate_is_both_trained_and_tested_anywhere(
     assert not kept["train"] & kept["validation"] and not kept["validation"] & kept["test"]
     assert federation.report.duplicates == len(contents) - len(set(contents))
     adds_up(federation)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 12), min_size=20, max_size=60), st.integers(1, 4), st.integers(0, 9))
+def test_the_parts_are_those_of_plain_lists(
+    tmp_path_factory: pytest.TempPathFactory, contents: list[int], clients: int, seed: int
+) -> None:
+    rows = alpaca_rows(20)
+    rows = [rows[i] for i in contents] + rows[13:]
+    path = write(tmp_path_factory.mktemp("d") / "d.jsonl", rows)
+    federation = prepare(Data(path, val_set_size=4, test_set_size=5), Split("iid", clients), PLAIN, seed)
+    groups = dict(zip(splitting.client_ids(clients), plain.iid(len(rows), clients, seed), strict=True))
+    sizes = {name: len(members) for name, members in groups.items()}
+    num_validation, num_test = (splitting.part_sizes(size, sizes, "x") for size in (4, 5))
+    content = [row_key(federation.rows[row]) for row in range(len(rows))]
+    wanted = plain.without_crossing(
+        {
+            name: plain.divide(members, content, num_validation[name], num_test[name], seed, name)
+            for name, members in groups.items()
+        },
+        content,
+    )
+    for name, parts in wanted.items():
+        assert tuple(held(federation, part, name) for part in PARTS) == parts
 
 
 def test_rows_of_the_test_file_are_taken_out_of_training(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.data import plain
 
 from fedloom.data import split
 from fedloom.data.rows import Row
@@ -29,7 +30,13 @@ def rows_of(categories: list[Any], **columns: list[Any]) -> list[Row]:
     ]
 
 
-def partitions(groups: dict[str, list[int]], total: int) -> bool:
+def lists(groups: Any) -> dict[str, list[int]]:
+    """Groups, or (groups, number), with plain lists, to compare."""
+    groups = groups[0] if isinstance(groups, tuple) else groups
+    return {name: members.tolist() for name, members in groups.items()}
+
+
+def partitions(groups: Any, total: int) -> bool:
     return sorted(row for members in groups.values() for row in members) == list(range(total))
 
 
@@ -42,15 +49,22 @@ def test_iid_deals_every_row_once_and_evenly(total: int, clients: int, seed: int
     groups = split.iid(total, clients, seed)
     sizes = [len(members) for members in groups.values()]
     assert partitions(groups, total) and max(sizes) - min(sizes) <= 1 and len(groups) == clients
-    assert groups == split.iid(total, clients, seed)
+    assert lists(groups) == lists(split.iid(total, clients, seed))
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=4, max_size=60), st.integers(1, 4), SEEDS)
+def test_arrays_deal_as_lists_do(keys: list[str], clients: int, seed: int) -> None:
+    assert list(lists(split.iid(len(keys), clients, seed)).values()) == plain.iid(len(keys), clients, seed)
+    dealt = split.dirichlet(keys, clients, 0.7, seed, attempt=3)
+    assert list(lists(dealt).values()) == plain.dirichlet(keys, clients, 0.7, seed, attempt=3)
 
 
 def test_another_seed_deals_otherwise() -> None:
-    assert split.iid(100, 4, 1) != split.iid(100, 4, 2)
+    assert lists(split.iid(100, 4, 1)) != lists(split.iid(100, 4, 2))
     keys = ["a", "b"] * 50
-    assert split.dirichlet(keys, 4, 0.5, 1) != split.dirichlet(keys, 4, 0.5, 2)
-    assert split.dirichlet(keys, 4, 0.5, 1) != split.dirichlet(keys, 4, 0.5, 1, attempt=1)
-    assert split.deal(100, ["a", "b"], 1) != split.deal(100, ["a", "b"], 2)
+    assert lists(split.dirichlet(keys, 4, 0.5, 1)) != lists(split.dirichlet(keys, 4, 0.5, 2))
+    assert lists(split.dirichlet(keys, 4, 0.5, 1)) != lists(split.dirichlet(keys, 4, 0.5, 1, attempt=1))
+    assert lists(split.deal(100, ["a", "b"], 1)) != lists(split.deal(100, ["a", "b"], 2))
 
 
 @given(
@@ -78,15 +92,16 @@ def test_alpha_is_what_it_says() -> None:
 
 def test_by_category_is_one_category_per_client_under_its_name() -> None:
     rows = rows_of(["x", "y", "z", "x"])
-    assert split.by_category(rows, None) == ({"x": [0, 3], "y": [1], "z": [2]}, 0)
-    assert split.by_category(rows, 3)[0] == split.by_category(rows, None)[0]
+    assert lists(split.by_category(rows, None)) == {"x": [0, 3], "y": [1], "z": [2]}
+    assert lists(split.by_category(rows, 3)) == lists(split.by_category(rows, None))
+    assert split.by_category(rows, None)[1] == 0
 
 
 def test_further_categories_are_dealt_round_robin() -> None:
     groups, _ = split.by_category(rows_of([*"a", *"bb", *"ccc", *"dddd"]), 2)
-    assert groups == {"c00": [1, 2, 6, 7, 8, 9], "c01": [0, 3, 4, 5]}, "the largest first: d and b, c and a"
+    assert lists(groups) == {"c00": [1, 2, 6, 7, 8, 9], "c01": [0, 3, 4, 5]}, "the largest first: d and b, c and a"
     groups, _ = split.by_category(rows_of([*"aaa", *"bb", *"c"]), 2)
-    assert groups == {"c00": [0, 1, 2, 5], "b": [3, 4]}
+    assert lists(groups) == {"c00": [0, 1, 2, 5], "b": [3, 4]}
 
 
 def test_more_clients_than_categories_is_an_error_with_the_numbers() -> None:
@@ -100,8 +115,10 @@ def test_more_clients_than_categories_is_an_error_with_the_numbers() -> None:
 
 
 def test_rows_without_a_category_belong_to_nobody_and_are_counted() -> None:
-    assert split.by_category(rows_of(["a", None, "b"]), None) == ({"a": [0], "b": [2]}, 1)
-    assert split.by_column(rows_of([None] * 3, user=["u", None, " "]), "user", None) == ({"u": [0]}, 2)
+    by_category = split.by_category(rows_of(["a", None, "b"]), None)
+    assert lists(by_category) == {"a": [0], "b": [2]} and by_category[1] == 1
+    by_column = split.by_column(rows_of([None] * 3, user=["u", None, " "]), "user", None)
+    assert lists(by_column) == {"u": [0]} and by_column[1] == 2
 
 
 def test_no_category_names_a_column_that_could_be_one() -> None:
@@ -121,7 +138,7 @@ def test_columns_that_hold_lists_are_refused() -> None:
 
 def test_files() -> None:
     rows = [{**row, "file": name} for row, name in zip(rows_of([None] * 4), "aabb", strict=True)]
-    assert split.files(rows, None) == {"a": [0, 1], "b": [2, 3]}
+    assert lists(split.files(rows, None)) == {"a": [0, 1], "b": [2, 3]}
     with pytest.raises(UserError, match="single file"):
         split.files(rows_of(["x"]), None)
     with pytest.raises(UserError, match="3, but the data has 2 files"):
@@ -161,6 +178,8 @@ def test_parts_are_a_division_and_no_duplicate_is_in_two(contents: list[int], va
     members = list(range(len(contents)))
     parts = split.divide(members, content, num_validation=val, num_test=test, seed=seed, client="c")
     assert sorted(row for part in parts for row in part) == members
+    wanted = plain.divide(members, content, num_validation=val, num_test=test, seed=seed, client="c")
+    assert tuple(part.tolist() for part in parts) == wanted
     held = [{content[row] for row in part} for part in parts]
     assert not (held[0] & held[1]) and not (held[0] & held[2]) and not (held[1] & held[2])
     if all(count == 1 for count in Counter(content).values()):
@@ -172,6 +191,6 @@ def test_parts_are_drawn_anew_for_each_client_and_seed() -> None:
     content = [bytes([i]) for i in range(50)]
 
     def tests(seed: int, client: str) -> list[int]:
-        return split.divide(range(50), content, num_validation=5, num_test=10, seed=seed, client=client).test
+        return split.divide(range(50), content, num_validation=5, num_test=10, seed=seed, client=client).test.tolist()
 
     assert tests(0, "a") == tests(0, "a") != tests(0, "b") and tests(0, "a") != tests(1, "a")

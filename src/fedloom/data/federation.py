@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedloom.data import split as splitting
 from fedloom.data.rows import Row, Source, read, row_key
-from fedloom.data.split import Groups, Parts
+from fedloom.data.split import Groups, Keys, Numbers, Parts
 from fedloom.data.templates import Layout, Tokenizer
 from fedloom.data.tokens import Example, Examples, Shade, Tokenised, fits, prompt_ids, render_tokens, tokenise
 from fedloom.errors import UserError, suggest
@@ -203,8 +204,7 @@ def prepare(data: DataSettings, split: SplitSettings, tokenizer: Tokenizer, seed
             raise UserError(f"data.path reads as {source.kind}, but data.test_path as {tests.kind}", code="data.mixed")
 
     plan = _plan(data, split, kind, source, tests, seed)
-    content = plan.content
-    plan.parts, crossing = _without_crossing(plan.parts, content)
+    plan.parts, crossing = _without_crossing(plan.parts, plan.content)
     if crossing:
         plan.left_out["exact duplicate of a validation or test row"] += crossing
     _check_parts(plan, data)
@@ -218,7 +218,7 @@ def prepare(data: DataSettings, split: SplitSettings, tokenizer: Tokenizer, seed
     )
     clients = _clients(plan.parts, done, len(plan.rows))
     used = sum(len(getattr(client, part)) for client in clients.values() for part in PARTS)
-    held = [row for parts in plan.parts.values() for part in parts for row in part]
+    held = np.concatenate([part for parts in plan.parts.values() for part in parts])
     lost = int(done.wholly_cut[held].sum())
     refused = int(done.refused[held].sum())
     if lost:
@@ -231,7 +231,7 @@ def prepare(data: DataSettings, split: SplitSettings, tokenizer: Tokenizer, seed
     if refused:
         plan.left_out["refused by the chat template"] += refused
     _check_clients(clients, plan, data)
-    report = _report(data, kind, source, tests, plan, done, clients, content, used)
+    report = _report(data, kind, source, tests, plan, done, clients, used)
     logger.info("%s", report.said)
     said = {*source.notes, *(tests.notes if tests is not None else ())}
     for note in report.notes:
@@ -256,8 +256,8 @@ class _Plan:
     parts: dict[str, Parts]
     left_out: Counter[str]
     notes: list[str]
-    keys: Sequence[str | None]  # the category of each row, for the report
-    content: Sequence[bytes]  # equal for exact duplicates
+    keys: Keys  # the category of each row, for the report
+    content: NDArray[np.int32]  # equal for exact duplicates, from 0 without gaps
 
 
 def _plan(
@@ -282,7 +282,7 @@ def _plan(
     val_size, test_size = _sizes(data)
     if given:
         test_size = 0
-    content = [row_key(row) for row in rows]
+    content = _contents(rows)
 
     def divide(groups: Groups) -> dict[str, Parts]:
         rows_of = {name: len(members) for name, members in groups.items()}
@@ -308,12 +308,13 @@ def _plan(
         dealt, homeless = _deal_tests(split, kind, train_rows, test_rows, groups, seed)
         if homeless:
             left_out["test row of a category no client has"] += homeless
-        shift = len(train_rows)
+        none = np.zeros(0, dtype=np.int64)
         parts = {
-            name: Parts(own.train, own.validation, [shift + row for row in dealt.get(name, ())])
+            name: Parts(own.train, own.validation, len(train_rows) + dealt.get(name, none))
             for name, own in parts.items()
         }
-    keys = [row.get("category") if split.column is None else _plain(row, split.column) for row in rows]
+    column = split.column
+    keys = splitting.keys_from(row.get("category") if column is None else _plain(row, column) for row in rows)
     return _Plan(rows, parts, left_out, notes, keys, content)
 
 
@@ -329,7 +330,10 @@ def _natural(split: SplitSettings, source: Source, left_out: Counter[str], notes
             hint="split.kind=iid, dirichlet, by_category, by_column, or files for a folder with a file per client",
             code="split.natural",
         )
-    parts = {name: Parts(*(list(own.get(part, ())) for part in PARTS)) for name, own in source.natural.items()}
+    parts = {
+        name: Parts(*(np.asarray(own.get(part, ()), dtype=np.int64) for part in PARTS))
+        for name, own in source.natural.items()
+    }
     if split.clients is not None and split.clients != len(parts):
         if split.clients > len(parts):
             raise UserError(
@@ -339,8 +343,12 @@ def _natural(split: SplitSettings, source: Source, left_out: Counter[str], notes
         gone = list(parts)[split.clients :]
         left_out["client left out by split.clients"] += sum(len(part) for name in gone for part in parts[name])
         parts = {name: own for name, own in parts.items() if name not in gone}
-    keys = [row.get("category") for row in source.rows]
-    return _Plan(source.rows, parts, left_out, notes, keys, [row_key(row) for row in source.rows])
+    keys = splitting.keys_from(row.get("category") for row in source.rows)
+    return _Plan(source.rows, parts, left_out, notes, keys, _contents(source.rows))
+
+
+def _contents(rows: Sequence[Row]) -> NDArray[np.int32]:
+    return splitting.coded(row_key(row) for row in rows)[0]
 
 
 def _groups(split: SplitSettings, kind: str, rows: Sequence[Row], seed: int, divide: Any) -> tuple[Groups, int]:
@@ -357,8 +365,8 @@ def _groups(split: SplitSettings, kind: str, rows: Sequence[Row], seed: int, div
             )
         return splitting.by_column(rows, split.column, split.clients)
     keys = splitting.keys_of(rows, split.column, "dirichlet")
-    there = [number for number, key in enumerate(keys) if key is not None]
-    known = [str(keys[number]) for number in there]
+    there = keys.known
+    known = keys[there]
     number = split.clients or DEFAULT_CLIENTS
     if split.alpha is None:
         raise UserError("split.kind dirichlet needs split.alpha", hint="split.alpha=0.5", code="split.alpha")
@@ -366,8 +374,8 @@ def _groups(split: SplitSettings, kind: str, rows: Sequence[Row], seed: int, div
     without = 0
     for attempt in range(splitting.DIRICHLET_TRIES):
         dealt = splitting.dirichlet(known, number, alpha, seed, attempt)
-        groups = {name: [there[place] for place in places] for name, places in dealt.items()}
-        without = sum(not parts.train for parts in divide(groups).values())
+        groups = {name: there[places] for name, places in dealt.items()}
+        without = sum(not len(parts.train) for parts in divide(groups).values())
         if not without:
             return groups, len(rows) - len(there)
     raise UserError(
@@ -382,44 +390,46 @@ def _deal_tests(
     split: SplitSettings, kind: str, train: Sequence[Row], tests: Sequence[Row], groups: Groups, seed: int
 ) -> tuple[Groups, int]:
     """Test rows to clients: by the key that split the training rows, else at random."""
-    keys: list[str | None]
-    own: list[str | None]
     if kind in ("by_category", "by_column"):
         own = splitting.keys_of(train, split.column, kind)
         keys = splitting.keys_of(tests, split.column, kind)
     elif kind == "files" and "file" in tests[0]:
-        own, keys = [row["file"] for row in train], [row["file"] for row in tests]
+        own = splitting.keys_from(row["file"] for row in train)
+        keys = splitting.keys_from(row["file"] for row in tests)
     else:
         return splitting.deal(len(tests), list(groups), seed), 0
     home = splitting.holders(groups, own)
-    dealt: Groups = {name: [] for name in groups}
-    homeless = 0
-    for number, key in enumerate(keys):
-        if key is None or key not in home:
-            homeless += 1
-        else:
-            dealt[home[key]].append(number)
+    dealt: dict[str, list[Numbers]] = {name: [] for name in groups}
+    for key, members in keys.members().items():
+        if key in home:
+            dealt[home[key]].append(members)
+    found = {name: np.sort(np.concatenate(parts)) for name, parts in dealt.items() if parts}
+    homeless = len(tests) - sum(map(len, found.values()))
     if homeless == len(tests):
-        listed, known = (", ".join(sorted({str(one) for one in some})[:8]) for some in (keys, home))
+        theirs = {*keys.names, *(["None"] if len(keys.known) < len(keys) else [])}
+        listed, known = (", ".join(sorted(some)[:8]) for some in (theirs, home))
         raise UserError(
             f"data.test_path: none of its {homeless:,} rows belongs to a client "
             f"(they have {listed}; the clients {known})",
             hint="leave data.test_path out, and each client's tests are taken from its own rows",
             code="split.no_test",
         )
-    return dealt, homeless
+    return found, homeless
 
 
-def _without_crossing(parts: Mapping[str, Parts], content: Sequence[bytes]) -> tuple[dict[str, Parts], int]:
+def _without_crossing(parts: Mapping[str, Parts], content: NDArray[np.int32]) -> tuple[dict[str, Parts], int]:
     """Take out of training what is also in any client's validation or test set, and out of validation what is in a
     test set: a test set stays as it is, and nobody has trained on it."""
-    tested = {content[row] for own in parts.values() for row in own.test}
-    validated = {content[row] for own in parts.values() for row in own.validation}
+    tested = np.zeros(int(content.max(initial=-1)) + 1, dtype=np.bool_)
+    validated = tested.copy()
+    for own in parts.values():
+        tested[content[own.test]] = True
+        validated[content[own.validation]] = True
     kept: dict[str, Parts] = {}
     gone = 0
     for name, own in parts.items():
-        train = [row for row in own.train if content[row] not in tested and content[row] not in validated]
-        validation = [row for row in own.validation if content[row] not in tested]
+        train = own.train[~(tested | validated)[content[own.train]]]
+        validation = own.validation[~tested[content[own.validation]]]
         gone += len(own.train) - len(train) + len(own.validation) - len(validation)
         kept[name] = Parts(train, validation, own.test)
     return kept, gone
@@ -427,7 +437,7 @@ def _without_crossing(parts: Mapping[str, Parts], content: Sequence[bytes]) -> t
 
 def _check_parts(plan: _Plan, data: DataSettings) -> None:
     """No client without training rows, and no empty validation or test set, unless that was asked for."""
-    idle = [name for name, own in plan.parts.items() if not own.train]
+    idle = [name for name, own in plan.parts.items() if not len(own.train)]
     if idle:
         own = plan.parts[idle[0]]
         total = sum(map(len, own))
@@ -469,7 +479,7 @@ def _clients(parts: Mapping[str, Parts], done: Tokenised, num_rows: int) -> dict
     place[done.tokens.rows] = np.arange(len(done.tokens))
     found = {}
     for name, own in parts.items():
-        index = [place[np.asarray(rows, dtype=np.int64)] for rows in own]
+        index = [place[rows] for rows in own]
         found[name] = ClientData(name, *(Examples(done.tokens, numbers[numbers >= 0]) for numbers in index))
     return found
 
@@ -505,7 +515,6 @@ def _report(
     plan: _Plan,
     done: Tokenised,
     clients: Mapping[str, ClientData],
-    content: Sequence[bytes],
     used: int,
 ) -> DataReport:
     lengths = done.full_lengths[done.full_lengths > 0]
@@ -518,11 +527,11 @@ def _report(
             test=len(client.test),
             train_tokens=client.train.num_tokens,
             train_target_tokens=client.train.num_target_tokens,
-            categories=splitting.counts(plan.keys, [row for part in plan.parts[name] for row in part]),
+            categories=splitting.counts(plan.keys, np.concatenate(plan.parts[name])),
         )
         for name, client in clients.items()
     ]
-    duplicates = len(content) - len(set(content))
+    duplicates = len(plan.content) - len(np.unique(plan.content))
     notes = [*plan.notes, *done.notes]
     if done.cut:
         notes.append(

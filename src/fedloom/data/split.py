@@ -1,13 +1,13 @@
 """Who holds which rows, and which of a client's own rows are for training, validation and test.
 
 A splitter takes rows and gives client id -> row numbers. The shares of a client are then cut from that client's own
-rows, so all three have that client's distribution.
+rows, so all three have that client's distribution. Rows are arrays of numbers throughout: there may be many millions.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,8 @@ from fedloom.data.rows import Row
 from fedloom.errors import UserError, suggest
 from fedloom.seeds import seed_of
 
-Groups = dict[str, list[int]]  # client id -> row numbers, ascending
+Numbers = NDArray[np.int64]  # row numbers, ascending
+Groups = dict[str, Numbers]  # client id -> its rows
 
 DIRICHLET_TRIES = 200
 
@@ -25,9 +26,49 @@ DIRICHLET_TRIES = 200
 class Parts(NamedTuple):
     """One client's rows by use."""
 
-    train: list[int]
-    validation: list[int]
-    test: list[int]
+    train: Numbers
+    validation: Numbers
+    test: Numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """What each row is split by: `names[codes[row]]`, or nothing where the code is -1."""
+
+    codes: NDArray[np.int32]
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def known(self) -> Numbers:
+        """The rows that have a key."""
+        return np.flatnonzero(self.codes >= 0)
+
+    def __getitem__(self, rows: NDArray[np.int64] | slice) -> Keys:
+        """The keys of some rows."""
+        return Keys(self.codes[rows], self.names)
+
+    def members(self) -> Groups:
+        """The rows of each key that has any, by name."""
+        order = np.argsort(self.codes, kind="stable")
+        sizes = np.bincount(self.codes[self.codes >= 0], minlength=len(self.names))
+        order = order[len(order) - int(sizes.sum()) :]
+        edges = np.concatenate([[0], np.cumsum(sizes)])
+        return {name: order[edges[code] : edges[code + 1]] for code, name in enumerate(self.names) if sizes[code]}
+
+
+def coded(values: Iterable[Hashable | None]) -> tuple[NDArray[np.int32], list[Hashable]]:
+    """Values as numbers, -1 for None, and what each number stands for, in the order of first appearance."""
+    found: dict[Hashable, int] = {}
+    codes = np.fromiter((-1 if one is None else found.setdefault(one, len(found)) for one in values), dtype=np.int32)
+    return codes, list(found)
+
+
+def keys_from(values: Iterable[str | None]) -> Keys:
+    codes, names = coded(values)
+    return Keys(codes, [str(name) for name in names])
 
 
 def client_ids(number: int) -> list[str]:
@@ -57,10 +98,10 @@ def iid(num_rows: int, clients: int, seed: int) -> Groups:
             f"split.clients {clients:,}, but there are {num_rows:,} rows: at most {num_rows:,}", code="split.clients"
         )
     order = _rng(seed, "split").permutation(num_rows)
-    return {name: sorted(order[place::clients].tolist()) for place, name in enumerate(client_ids(clients))}
+    return {name: np.sort(order[place::clients]) for place, name in enumerate(client_ids(clients))}
 
 
-def dirichlet(keys: Sequence[str], clients: int, alpha: float, seed: int, attempt: int = 0) -> Groups:
+def dirichlet(keys: Keys | Sequence[str], clients: int, alpha: float, seed: int, attempt: int = 0) -> Groups:
     """Each category's rows are dealt in proportions drawn from Dirichlet(alpha): small alpha, few categories each.
 
     `attempt` gives another draw of the same seed; a client may be left with nothing, which the caller redraws.
@@ -77,19 +118,19 @@ def dirichlet(keys: Sequence[str], clients: int, alpha: float, seed: int, attemp
         )
     rng = _rng(seed, f"split/{attempt}")
     names = client_ids(clients)
-    groups: Groups = {name: [] for name in names}
-    for _, members in sorted(_by_key(keys).items()):
-        order = rng.permutation(np.asarray(members))
+    dealt: dict[str, list[Numbers]] = {name: [] for name in names}
+    for _, members in sorted(_keys(keys).members().items()):
+        order = rng.permutation(members)
         shares = rng.dirichlet(np.full(clients, float(alpha)))
         if not np.isfinite(shares).all():  # a tiny alpha underflows: all to one client is what it tends to
             shares = np.eye(clients)[rng.integers(clients)]
         edges = np.rint(np.cumsum(shares)[:-1] * len(order)).astype(np.int64)
         for name, part in zip(names, np.split(order, edges), strict=True):
-            groups[name].extend(part.tolist())
-    return {name: sorted(members) for name, members in groups.items()}
+            dealt[name].append(part)
+    return {name: _together(parts) for name, parts in dealt.items()}
 
 
-def by_key(keys: Sequence[str], clients: int | None, what: str) -> Groups:
+def by_key(keys: Keys | Sequence[str], clients: int | None, what: str) -> Groups:
     """One client per key, named like it. With fewer clients than keys, keys are dealt round robin, the largest first,
     and a client that holds one key alone keeps its name.
 
@@ -98,7 +139,7 @@ def by_key(keys: Sequence[str], clients: int | None, what: str) -> Groups:
     Raises:
         UserError: more clients than keys.
     """
-    held = _by_key(keys)
+    held = _keys(keys).members()
     if clients is None or clients == len(held):
         return dict(sorted(held.items()))
     _at_least_one(clients)
@@ -113,8 +154,7 @@ def by_key(keys: Sequence[str], clients: int | None, what: str) -> Groups:
     groups: Groups = {}
     for place, name in enumerate(client_ids(clients)):
         mine = order[place::clients]
-        rows = sorted(row for key in mine for row in held[key])
-        groups[mine[0] if len(mine) == 1 else name] = rows
+        groups[mine[0] if len(mine) == 1 else name] = _together([held[key] for key in mine])
     return groups
 
 
@@ -153,15 +193,15 @@ def files(rows: Sequence[Row], clients: int | None) -> Groups:
     return by_key([row["file"] for row in rows], clients, "files")
 
 
-def keys_of(rows: Sequence[Row], column: str | None, kind: str) -> list[str | None]:
+def keys_of(rows: Sequence[Row], column: str | None, kind: str) -> Keys:
     """The key each row is split by: a column's value as text, or the category when `column` is None.
 
     Raises:
         UserError: the data has no such column, or no category.
     """
     if column is None:
-        keys = [row.get("category") for row in rows]
-        if not any(key is not None for key in keys):
+        keys = keys_from(row.get("category") for row in rows)
+        if not keys.names:
             columns = sorted({name for row in rows[:100] for name in row["columns"]})
             candidates = [name for name in columns if _looks_like_key(rows, name)]
             use = candidates[0] if candidates else "COLUMN"
@@ -174,16 +214,16 @@ def keys_of(rows: Sequence[Row], column: str | None, kind: str) -> list[str | No
     columns = sorted({name for row in rows for name in row["columns"]})
     if column not in columns:
         if column == "category" and any("category" in row for row in rows):
-            return [row.get("category") for row in rows]
+            return keys_from(row.get("category") for row in rows)
         raise UserError(f"split.column {column!r}: no such column{suggest(column, columns)}", code="split.column")
     values = [row["columns"].get(column) for row in rows]
     if any(isinstance(value, (list, dict)) for value in values):
         raise UserError(
             f"split.column {column!r} holds lists or objects; clients need a plain value", code="split.column"
         )
-    return [
+    return keys_from(
         None if value is None or value != value or not str(value).strip() else str(value).strip() for value in values
-    ]
+    )
 
 
 def _looks_like_key(rows: Sequence[Row], column: str) -> bool:
@@ -194,17 +234,18 @@ def _looks_like_key(rows: Sequence[Row], column: str) -> bool:
 
 def _by_named(rows: Sequence[Row], column: str | None, clients: int | None, kind: str) -> tuple[Groups, int]:
     keys = keys_of(rows, column, kind)
-    there = [number for number, key in enumerate(keys) if key is not None]
+    there = keys.known
     what = "categories" if column is None else f"values of column {column!r}"
-    held = by_key([str(keys[number]) for number in there], clients, what)
-    return {name: [there[place] for place in places] for name, places in held.items()}, len(rows) - len(there)
+    held = by_key(keys[there], clients, what)
+    return {name: there[places] for name, places in held.items()}, len(rows) - len(there)
 
 
-def _by_key(keys: Sequence[str]) -> Groups:
-    groups: Groups = {}
-    for number, key in enumerate(keys):
-        groups.setdefault(key, []).append(number)
-    return groups
+def _keys(keys: Keys | Sequence[str]) -> Keys:
+    return keys if isinstance(keys, Keys) else keys_from(keys)
+
+
+def _together(parts: Sequence[Numbers]) -> Numbers:
+    return np.sort(np.concatenate(parts)) if len(parts) != 1 else np.sort(parts[0])
 
 
 # ---------------------------------------------------------------- train, validation, test
@@ -243,8 +284,8 @@ def part_sizes(size: float, rows: Mapping[str, int], name: str) -> dict[str, int
 
 
 def divide(
-    members: Sequence[int],
-    content: Sequence[bytes],
+    members: Sequence[int] | Numbers,
+    content: Sequence[Hashable] | NDArray[np.integer],
     *,
     num_validation: int,
     num_test: int,
@@ -255,33 +296,38 @@ def divide(
 
     `content[row]` is equal for exact duplicates. A part may end up with no rows; the caller decides if that is wrong.
     """
-    order: NDArray[np.int64] = _rng(seed, "parts", client).permutation(np.asarray(members, dtype=np.int64))
-    copies: dict[bytes, list[int]] = {}
-    for row in order.tolist():
-        copies.setdefault(content[row], []).append(row)
-    parts = Parts([], [], [])
-    for rows in copies.values():
-        if len(parts.test) < num_test:
-            parts.test.extend(rows)
-        elif len(parts.validation) < num_validation:
-            parts.validation.extend(rows)
-        else:
-            parts.train.extend(rows)
-    return Parts(sorted(parts.train), sorted(parts.validation), sorted(parts.test))
+    order: Numbers = _rng(seed, "parts", client).permutation(np.asarray(members, dtype=np.int64))
+    codes = content if isinstance(content, np.ndarray) else coded(content)[0]
+    # Contents in the order in which they come up, and how many rows came up before each.
+    _, first, which, sizes = np.unique(codes[order], return_index=True, return_inverse=True, return_counts=True)
+    turn = np.argsort(first)
+    before = np.empty(len(sizes), dtype=np.int64)
+    before[turn] = np.cumsum(sizes[turn]) - sizes[turn]
+    # The test part takes contents until it has enough rows, then the validation part, and training has the rest.
+    tested = before < num_test
+    validated = ~tested & (before - int(sizes[tested].sum()) < num_validation)
+    parts = [np.sort(order[chosen[which]]) for chosen in (~tested & ~validated, validated, tested)]
+    return Parts(*parts)
 
 
 def deal(num_rows: int, clients: Sequence[str], seed: int, purpose: str = "deal") -> Groups:
     """Deal rows of a given test file to clients at random; with fewer rows than clients some get none."""
     order = _rng(seed, purpose).permutation(num_rows)
-    return {name: sorted(order[place :: len(clients)].tolist()) for place, name in enumerate(clients)}
+    return {name: np.sort(order[place :: len(clients)]) for place, name in enumerate(clients)}
 
 
-def counts(keys: Sequence[str | None], members: Sequence[int]) -> dict[str, int]:
+def counts(keys: Keys, members: Numbers) -> dict[str, int]:
     """Rows per key of one client, the largest first."""
-    found = Counter(str(keys[row]) for row in members if keys[row] is not None)
+    codes, sizes = np.unique(keys.codes[members], return_counts=True)
+    found = {keys.names[code]: int(size) for code, size in zip(codes.tolist(), sizes, strict=True) if code >= 0}
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
-def holders(groups: Mapping[str, Sequence[int]], keys: Sequence[str | None]) -> dict[str, str]:
+def holders(groups: Mapping[str, Numbers], keys: Keys) -> dict[str, str]:
     """Key -> the client that holds its rows, for splits in which one client holds all of a key."""
-    return {str(keys[row]): name for name, members in groups.items() for row in members if keys[row] is not None}
+    return {
+        keys.names[code]: name
+        for name, members in groups.items()
+        for code in np.unique(keys.codes[members]).tolist()
+        if code >= 0
+    }

@@ -47,6 +47,7 @@ _COMMON: Mapping[str, str] = {
     "adam_beta2": "client.adam_beta2",
     "adam_epsilon": "client.adam_epsilon",
     "seed": "seed",
+    "report_to": "report_to",
     "trust_remote_code": "trust_remote_code",
 }
 
@@ -77,6 +78,7 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
         "val_set_size": "data.val_set_size",
         "train_on_inputs": "data.train_on_inputs",
         "adam_beta1": "client.adam_beta1",
+        "wandb_project": "project",
         "adapter": "adapter.kind",
     },
     "LLaMA-Factory": {
@@ -110,7 +112,7 @@ _MARKS: Mapping[str, frozenset[str]] = {
 
 _REASONS: Mapping[str, str] = {
     "output_dir": "a federated run gets a folder of its own",
-    "report_to": "rounds.jsonl and report.html are always written",
+    "logging_dir": "trackers write into the run folder or their own",
     "logging_steps": "a row is written for every round",
     "eval_strategy": "evaluate.eval_rounds says when",
     "evaluation_strategy": "evaluate.eval_rounds says when",
@@ -189,6 +191,8 @@ def translate(path: Path) -> Translated:
             dropped.append((key, _short(value), f"{counterpart} has no such value"))
         else:
             take(key, value, counterpart, sound[0])
+    if "project" in ours:  # Axolotl turns Weights & Biases on by naming its project
+        ours.setdefault("report_to", ["wandb"])
     optim = ours.get("client.optim", "adamw")
     for key in ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"):
         if key not in CLIENT_OPTIM_DEFAULTS[optim] and f"client.{key}" in ours:
@@ -247,6 +251,8 @@ def _sound(target: str, value: Any) -> tuple[Any] | None:
             value = "adamw"
         if target == "client.lr_scheduler_type":
             value = _SCHEDULES.get(value, value)
+        if target == "report_to" and value != "none":
+            value = [name.strip() for name in value.split(",")]
         if target == "adapter.lora_target_modules" and value not in ("all-linear", "auto"):
             value = [name.strip() for name in value.split(",")]
     if target == "client.max_grad_norm" and value == 0:
@@ -340,6 +346,5 @@ def _write(tool: str, path: Path, ours: Mapping[str, Any]) -> str:
         f"rounds: {ROUNDS}".ljust(32) + "# not in the file",
         f"local_steps: {LOCAL_STEPS}".ljust(32) + "# not in the file: optimiser steps per client and round",
     ]
-    if "seed" in values:
-        lines.append(f"seed: {values['seed']}")
+    lines += [f"{key}: {yaml_value(values[key])}" for key in ("report_to", "project", "seed") if key in values]
     return "\n".join(lines) + "\n"

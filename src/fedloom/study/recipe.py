@@ -46,6 +46,7 @@ __all__ = [
 Arm = Literal["base", "local", "federated", "global"]
 ClientOptim = Literal["adamw", "adam", "sgd", "momentum", "yogi", "adagrad"]
 ServerOptim = Literal["momentum", "adam", "yogi", "adagrad"]
+TrackerName = Literal["trackio", "tensorboard", "mlflow", "wandb"]
 Method = Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
 
 # What a method's name stands for. An explicit key of a slot replaces what stands here; an explicit `kind` that
@@ -362,6 +363,19 @@ class Recipe(_Block):
     checkpoint: CheckpointRecipe = Field(default_factory=CheckpointRecipe, description="What is kept to go on from.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="Every random draw comes from it.")
     output_dir: str = Field("", description="The run folder. Default `runs/<name>`.")
+    report_to: Annotated[list[TrackerName], Field(min_length=1)] | Literal["none"] = Field(
+        "none",
+        description="Trackers that get the figures as well, each an extra of the same name. rounds.jsonl and "
+        "report.html are always written.",
+    )
+    project: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="The project that trackers file the run under. Default fedloom. Only with report_to."
+    )
+
+    @field_validator("report_to")
+    @classmethod
+    def _trackers_once(cls, names: list[str] | str) -> list[str] | str:
+        return list(dict.fromkeys(names)) if isinstance(names, list) else names
 
     @field_validator("arms")
     @classmethod
@@ -457,6 +471,8 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
     per_round = filled.get("clients_per_round")
     if isinstance(per_round, float) and per_round == 1.0:
         filled["clients_per_round"] = None  # the share 1.0 is everyone
+    if filled.get("report_to", "none") != "none" and filled.get("project") is None:
+        filled["project"] = "fedloom"
     if filled.get("name") is None:
         filled["name"] = "run"
     if not filled.get("output_dir"):
@@ -477,6 +493,7 @@ def objections(recipe: Recipe) -> Iterator[Objection]:
     yield from _split_objections(recipe)
     yield from _training_objections(recipe)
     yield from _evaluate_objections(recipe)
+    yield from _tracking_objections(recipe)
 
 
 def _data_objections(recipe: Recipe) -> Iterator[Objection]:
@@ -617,6 +634,14 @@ def _training_objections(recipe: Recipe) -> Iterator[Objection]:
             ("runtime.clients_per_batch", "runtime.kind"),
             f"{recipe.runtime.clients_per_batch} would have no effect: runtime.kind is {recipe.runtime.kind}, "
             "which takes one client at a time",
+        )
+
+
+def _tracking_objections(recipe: Recipe) -> Iterator[Objection]:
+    if recipe.report_to == "none" and recipe.project is not None:
+        yield Objection(
+            ("project", "report_to"),
+            f"{yaml_value(recipe.project)} would have no effect: report_to is none, so no tracker files the run there",
         )
 
 

@@ -49,6 +49,7 @@ from fedloom.study.session import (
     shown_prompt,
     try_checkpoint,
 )
+from fedloom.study.trackers import Trackers, require_trackers
 from fedloom.types import Algorithm, Client, Metrics, RoundReport, Runtime, State
 
 log = logging.getLogger("fedloom")
@@ -133,6 +134,7 @@ def run_recipe(
         return resume
     path = resume or Path(recipe.output_dir + ("-smoke" if smoke else ""))
     smoke = smoke or bool(resume is not None and RunFolder.look(resume).read_facts().get("smoke"))
+    require_trackers(trackers_of(recipe))
     session = open_session(recipe, smoke=smoke)
     stop = Stop(hear=display)
     if resume is None:
@@ -143,7 +145,9 @@ def run_recipe(
         folder = RunFolder.resume(path)
     with folder, listening(stop):
         try:
-            return _Runner(session, folder, display, stop, source, smoke).go(resumed=resume is not None)
+            runner = _Runner(session, folder, display, stop, source, smoke)
+            with runner.trackers:
+                return runner.go(resumed=resume is not None)
         except KeyboardInterrupt:
             raise _stopped(folder) from None
         except RunError as error:
@@ -151,6 +155,10 @@ def run_recipe(
             if not error.hint and error.code != "run.stopped":
                 error.hint = f"what it had is kept; go on with: fedloom run --resume {folder.path}"
             raise
+
+
+def trackers_of(recipe: Recipe) -> list[str]:
+    return [] if recipe.report_to == "none" else list(recipe.report_to)
 
 
 def _free(path: Path) -> Path:
@@ -184,6 +192,7 @@ class _Runner:
         self.recipe = session.recipe
         self.measures: Measures = session.measures()
         self.reported = 0.0
+        self.trackers = Trackers(trackers_of(self.recipe), folder.path, self.recipe.project or "", self.recipe)
 
     def go(self, *, resumed: bool) -> Path:
         arms: list[str] = [arm for arm in ARMS if arm in self.recipe.arms]
@@ -199,6 +208,7 @@ class _Runner:
             if self.folder.read_stage(arm) is not None:
                 continue
             self.display.arm(arm, 0 if arm == "base" else self.recipe.rounds)
+            self.trackers.begin(arm, self.display.message)
             if arm == "base":
                 self._base()
             else:
@@ -382,6 +392,7 @@ class _Runner:
             }
         self.folder.append_round(line)
         self.display.round(line)
+        self.trackers.round(line)
 
     def _slowest(self, report: RoundReport) -> list[Any] | None:
         """[client, its time over the median's]; only where each client is timed by itself."""
@@ -418,6 +429,7 @@ class _Runner:
                 "best_round": totals.best_round,
             },
         )
+        self.trackers.end(outcome)
 
     def _arm_costs(self, arm: str, totals: Totals, rounds: int) -> ArmCosts:
         sent = totals.client_rounds if arm == "federated" else 0

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 from fedloom.errors import UserError
 from fedloom.study.folder import json_text, read_json, write_atomic
+from fedloom.study.recipe import Recipe, resolved_json
 
-__all__ = ["TRACKERS", "Tracked", "Tracker", "Trackers", "open_trackers"]
+__all__ = ["TRACKERS", "Tracked", "Tracker", "Trackers", "flat_config", "metrics_of", "require_trackers"]
 
 
 class Tracked(NamedTuple):
@@ -59,8 +60,8 @@ TRACKERS: Mapping[str, _Library] = {
 }
 
 
-def open_trackers(names: Sequence[str], folder: Path, project: str, group: str, config: Mapping[str, Any]) -> Trackers:
-    """The trackers of a run, none of them open yet.
+def require_trackers(names: Sequence[str]) -> None:
+    """See that the libraries are there, before anything is loaded or written.
 
     Raises:
         UserError: a library is not installed; every missing one is named.
@@ -73,17 +74,23 @@ def open_trackers(names: Sequence[str], folder: Path, project: str, group: str, 
             f"pip install 'fedloom[{extras}]', or report_to=none (rounds.jsonl and report.html are always written)",
             code="report_to.missing",
         )
-    return Trackers(names, folder, project, group, config)
 
 
 class Trackers:
     """All trackers of one run, and what each has been told so far (in trackers.json, for a run that is resumed)."""
 
-    def __init__(self, names: Sequence[str], folder: Path, project: str, group: str, config: Mapping[str, Any]) -> None:
-        self.names, self.folder, self.project, self.group, self.config = list(names), folder, project, group, config
+    def __init__(self, names: Sequence[str], folder: Path, project: str, recipe: Recipe) -> None:
+        self.names, self.folder, self.project, self.recipe = list(names), folder, project, recipe
         self.open: dict[str, Tracker] = {}
+        self.said: set[str] = set()
         self.arm = ""
         self.say: Callable[[str], None] = lambda text: None
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.end({}, finished=False)  # nothing is open any more where all went well
 
     @property
     def _book(self) -> Path:
@@ -105,9 +112,9 @@ class Trackers:
             tracked = Tracked(
                 self.folder,
                 self.project,
-                self.group,
+                self.folder.resolve().name,
                 arm,
-                self.config,
+                resolved_json(self.recipe),
                 before.get("id"),
                 int(before.get("logged", -1)) + 1,
             )
@@ -120,7 +127,8 @@ class Trackers:
                     "mend its settings, or report_to=none",
                     code="report_to.open",
                 ) from error
-            if not before:
+            if name not in self.said:
+                self.said.add(name)
                 say(f"tracking  {name}: {self.open[name].where}")
             self._note(name, tracked.first_round - 1)
 

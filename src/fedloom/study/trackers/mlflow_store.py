@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 
@@ -14,6 +15,7 @@ def open_tracker(tracked: Tracked) -> Tracker:
     """Make the arm's run, or take up the one that was interrupted."""
     from mlflow.tracking import MlflowClient
 
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells how it makes its tables
     place = tracked.folder.parent / "mlflow.db"
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{place.resolve()}"
     client = MlflowClient(tracking_uri=uri)

@@ -36,6 +36,7 @@ def open_tracker(tracked: Tracked) -> Tracker:
         with contextlib.redirect_stdout(io.StringIO()):
             if figures:
                 run.log(dict(figures), step=last[0])
-            run.finish()  # type: ignore[no-untyped-call]
+            # Of the run open in this process, so that nothing is said at its exit.
+            trackio.finish()  # type: ignore[no-untyped-call]
 
     return Tracker(str(run.name), log, end, f'trackio show --project "{tracked.project}"')

@@ -57,5 +57,5 @@ def open_tracker(tracked: Tracked) -> Tracker:
         run.summary.update(dict(figures))
         run.finish(exit_code=0 if finished else 1)
 
-    where = run.url or f"offline; send it with: wandb sync {place}/wandb/offline-run-*"
+    where = f"offline; send it with: wandb sync {place}/wandb/offline-run-*" if mode == "offline" else str(run.url)
     return Tracker(str(run.id), log, end, where)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -219,7 +220,11 @@ class TestLibraries:
         files = sorted((tmp_path / "trackers" / "wandb").glob("offline-run-*/*.wandb"))
         assert len(files) == 2
         assert len({file.name for file in files}) == 1  # the same run, so that a sync joins them
-        texts = [file.read_bytes() for file in files]
+        texts = [b"", b""]
+        until = time.monotonic() + 30  # wandb's own process writes, and may be a moment behind
+        while b"test/score" not in texts[1] and time.monotonic() < until:
+            time.sleep(0.05)
+            texts = [file.read_bytes() for file in files]
         assert 0 < texts[0].count(b"val/loss") < texts[1].count(b"val/loss")
         assert [b"test/score" in text for text in texts] == [False, True]
 

@@ -124,8 +124,16 @@ def generate_rows(
     sampling: Sampling | None = None,
     idle: Sequence[bool] | None = None,
     streamer: Any = None,
+    seeds: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
 ) -> list[list[int]]:
-    """One batch: token ids after each prompt, up to the first stop token. Rows marked `idle` only fill the shape."""
+    """One batch: token ids after each prompt, up to the first stop token.
+
+    Args:
+        idle: rows that only fill the shape.
+        seeds: one per row, in place of `sampling.seed`; a row's draws then depend on nothing else in the batch.
+        stop: texts that end an answer. A row ends soon after one is written, which is then still in it.
+    """
     from transformers import GenerationConfig
 
     if any(len(prompt) == 0 for prompt in prompts):
@@ -143,26 +151,30 @@ def generate_rows(
         ids_NT[n, longest - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.int64)
         mask_NT[n, longest - len(prompt) :] = 1
     # Made anew so that a model's own generation_config.json (sampling, penalties) does not change what is measured.
+    shared = sampling is not None and seeds is None  # one stream of draws for the whole batch
     settings = GenerationConfig(
         max_new_tokens=room,
-        do_sample=sampling is not None,
+        do_sample=shared,
         num_beams=1,
         use_cache=True,
         pad_token_id=pad,
         eos_token_id=list(stops),
-        **({} if sampling is None else _sampling_settings(sampling)),
+        **(_sampling_settings(sampling) if shared and sampling is not None else {}),
     )
-    with _own_settings_aside(model), torch.random.fork_rng(devices=_devices(device), enabled=sampling is not None):
-        if sampling is not None:
+    ended = _Ended(tokenizer, stop, len(prompts), longest) if stop else None
+    with _own_settings_aside(model), torch.random.fork_rng(devices=_devices(device), enabled=shared):
+        if shared and sampling is not None:
             torch.manual_seed(sampling.seed)
         written_NT: Tensor = model.generate(  # type: ignore[operator]
             input_ids=ids_NT.to(device),
             attention_mask=mask_NT.to(device),
             generation_config=settings,
-            stopping_criteria=_idle_rows(idle, device),
+            stopping_criteria=_criteria(idle, ended, device),
+            logits_processor=_own_draws(sampling, seeds),
             streamer=streamer,
         )[:, longest:]
-    return [_until(row, stops) for row in written_NT.tolist()]
+    rows = written_NT.tolist() if ended is None else [row[:end] for row, end in zip(written_NT.tolist(), ended.ends)]  # noqa: B905
+    return [_until(row, stops) for row in rows]
 
 
 def decode(tokenizer: Any, answers: Sequence[Ids]) -> list[str]:
@@ -218,19 +230,75 @@ def _own_settings_aside(model: nn.Module) -> Iterator[None]:
         holder.generation_config = kept
 
 
-def _idle_rows(idle: Sequence[bool] | None, device: torch.device) -> Any:
-    """A criterion by which rows that only fill the shape have stopped before they begin."""
-    if idle is None or not any(idle):
+def _criteria(idle: Sequence[bool] | None, ended: _Ended | None, device: torch.device) -> Any:
+    """By which rows stop before a stop token: those that only fill the shape at once, others at a stop text."""
+    idle = idle if idle is not None and any(idle) else None
+    if idle is None and ended is None:
         return None
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    done_N = torch.tensor(list(idle), dtype=torch.bool, device=device)
-
-    class Idle(StoppingCriteria):  # type: ignore[misc]
+    class Ends(StoppingCriteria):  # type: ignore[misc]
         def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
-            return done_N
+            done = [False] * len(input_ids) if ended is None else ended.look(input_ids)
+            both = done if idle is None else [a or b for a, b in zip(done, idle, strict=True)]
+            return torch.tensor(both, dtype=torch.bool, device=device)
 
-    return StoppingCriteriaList([Idle()])
+    return StoppingCriteriaList([Ends()])
+
+
+class _Ended:
+    """Which rows have written one of the stop texts, and after how many tokens."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], rows: int, prompt: int) -> None:
+        self.tokenizer, self.stop, self.prompt = tokenizer, tuple(stop), prompt
+        # Each token of a stop text has at least a byte of it; some more, since a first token may lose its space.
+        self.window = max(len(text.encode()) for text in stop) + 4
+        self.ends: list[int | None] = [None] * rows
+
+    def look(self, ids_NT: Tensor) -> list[bool]:
+        length = ids_NT.shape[1] - self.prompt
+        tails = ids_NT[:, -min(self.window, length) :].tolist()
+        open_rows = [n for n, end in enumerate(self.ends) if end is None]
+        for n, text in zip(open_rows, decode(self.tokenizer, [tails[n] for n in open_rows]), strict=True):
+            if any(stop in text for stop in self.stop):
+                self.ends[n] = length
+        return [end is not None for end in self.ends]
+
+
+def _own_draws(sampling: Sampling | None, seeds: Sequence[int] | None) -> Any:
+    """Leaves one token per row: the one that the row's own generator draws."""
+    if sampling is None or seeds is None:
+        return None
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    how, draws = sampling, [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    class Own(LogitsProcessor):  # type: ignore[misc]
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            u_N = torch.stack([torch.rand((), generator=draw, dtype=torch.float64) for draw in draws])
+            token_N = drawn(scores, how, u_N).to(scores.device)
+            return torch.full_like(scores, -torch.inf).scatter(1, token_N[:, None], 0.0)
+
+    return LogitsProcessorList([Own()])
+
+
+def drawn(scores_NV: Tensor, sampling: Sampling, u_N: Tensor) -> Tensor:
+    """The token of each row at which the sum of probabilities, the likeliest first, passes u of [0, 1).
+
+    Temperature, top-k and top-p in this order, as in Hugging Face's `generate`: top-p keeps the fewest likeliest tokens
+    whose probabilities sum up to at least p.
+    """
+    size = scores_NV.shape[1]
+    k = min(sampling.top_k or size, size)
+    z_NK, token_NK = scores_NV.topk(k) if k < size else scores_NV.sort(dim=1, descending=True, stable=True)
+    z_NK, token_NK = z_NK.cpu().double() / sampling.temperature, token_NK.cpu()
+    share_NK = z_NK.softmax(1)
+    before_NK = share_NK.cumsum(1) - share_NK
+    share_NK = share_NK.masked_fill(before_NK >= sampling.top_p, 0.0)
+    share_NK[:, 0] = share_NK[:, 0].clamp(min=torch.finfo(torch.float64).tiny)  # never no token at all
+    passed_NK = share_NK.cumsum(1) <= u_N[:, None] * share_NK.sum(1, keepdim=True)
+    last_N = (share_NK > 0).sum(1) - 1
+    return token_NK.gather(1, torch.minimum(passed_NK.sum(1), last_N)[:, None])[:, 0]
 
 
 class _Streamer:

@@ -3,18 +3,19 @@
 Taken apart, the head works on labelled positions only, in chunks. Whether the two halves put together are the model is
 tried on a few tokens; a model with something else in between is used whole.
 
-Shape suffixes: N rows, T tokens, D hidden size, V vocabulary, M labelled positions.
+Shape suffixes: N rows, T tokens, D hidden size, V vocabulary, M labelled positions or targets, P places
+whose next token is asked about.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fedloom.ops.cross_entropy import Head, logits, nll_chunked
+from fedloom.ops.cross_entropy import CHUNK_BYTES, Head, logits, nll_chunked
 
 log = logging.getLogger("fedloom")
 
@@ -41,6 +42,50 @@ class CausalLM:
         hidden_NTD = body_of(self.model)(input_ids=input_ids_NT, use_cache=False)[0]
         hidden_MD = hidden_NTD.flatten(0, 1).index_select(0, row_M * input_ids_NT.shape[1] + position_M)
         return nll_chunked(hidden_MD, target_M, self.head), row_M
+
+    @torch.no_grad()
+    def at(self, input_ids_NT: Tensor, row_P: Tensor, position_P: Tensor, place_M: Tensor, target_M: Tensor) -> Likely:
+        """How likely each target is as the next token at its place: the log-likelihood, and whether none is likelier.
+
+        Only the logits of the P places are computed, in chunks. Rows are padded on the right.
+
+        Args:
+            input_ids_NT: what the model reads.
+            row_P: the row of each place.
+            position_P: the position of each place; the token after it is what is asked about.
+            place_M: the number of the place that each target belongs to, rising.
+            target_M: token ids.
+        """
+        if self.head is None:
+            z = self.model(input_ids=input_ids_NT, use_cache=False).logits
+            read_PX = z[row_P, position_P]
+        else:
+            hidden_NTD = body_of(self.model)(input_ids=input_ids_NT, use_cache=False)[0]
+            read_PX = hidden_NTD[row_P, position_P]
+        size = self.head.weight_VD.shape[0] if self.head is not None else read_PX.shape[1]
+        rows = max(64, CHUNK_BYTES // (4 * size))
+        parts = []
+        for start in range(0, len(read_PX), rows):
+            read = read_PX[start : start + rows]
+            z_PV = (
+                logits(read, self.head)
+                if self.head is not None
+                else read
+                if read.dtype == torch.float64
+                else read.float()
+            )
+            mine = (place_M >= start) & (place_M < start + rows)
+            place, target = place_M[mine] - start, target_M[mine]
+            picked = z_PV[place, target]
+            parts.append(Likely(picked - z_PV.logsumexp(1)[place], picked >= z_PV.amax(1)[place]))
+        return Likely(torch.cat([part.loglikelihood_M for part in parts]), torch.cat([part.first_M for part in parts]))
+
+
+class Likely(NamedTuple):
+    """Of each target: its log-likelihood in nats, and whether no token is more likely."""
+
+    loglikelihood_M: Tensor
+    first_M: Tensor
 
 
 def body_of(model: nn.Module) -> nn.Module:

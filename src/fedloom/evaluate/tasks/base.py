@@ -32,15 +32,23 @@ class Write(NamedTuple):
     prompt: str | Row
     max_new_tokens: int
     stop: tuple[str, ...] = ()
-    sampling: Sampling | None = None  # None: the most likely token
+    sampling: Sampling | None = None  # None: the most likely token. Its seed is set per item when a task is run
     samples: int = 1  # answers to write, each with draws of its own
+    shots: tuple[str, ...] = ()  # solved examples before a raw prompt, each ending as it must; the last go first
+    head: str = ""  # what stands before the shots
 
 
 class Choose(NamedTuple):
-    """Say how likely each choice is after the prompt. A choice is scored by the sum of its tokens' log-likelihoods."""
+    """Say how likely each choice is after the prompt. A choice is scored by the sum of its tokens' log-likelihoods.
+
+    After a raw prompt a choice begins with the space that parts the two (" A"). After a data row it is an answer, laid
+    out as in training, without the stop token.
+    """
 
     prompt: str | Row
     choices: tuple[str, ...]
+    shots: tuple[str, ...] = ()  # as in `Write`: where all do not fit into the model's positions, the last are left out
+    head: str = ""
 
 
 Request = Write | Choose
@@ -56,13 +64,11 @@ class Item(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a model answered. Exactly one of the two is not empty."""
+    """What a model answered: texts or log-likelihoods. A task judges no item whose question was too long to ask."""
 
     texts: tuple[str, ...] = ()  # of `Write`: one per sample, without the stop sequence
     loglikelihoods: tuple[float, ...] = ()  # of `Choose`: nats, one per choice
-    lengths: tuple[
-        int, ...
-    ] = ()  # of `Choose`: characters of each choice (UTF-8 bytes), for length-normalised accuracy
+    lengths: tuple[int, ...] = ()  # of `Choose`: characters of each choice, for length-normalised accuracy
 
 
 ItemScore = Mapping[str, float]  # metric -> between 0 and 1

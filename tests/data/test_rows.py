@@ -178,24 +178,20 @@ def test_a_hundred_rows_are_looked_at_not_one(tmp_path: Path) -> None:
     assert of(tmp_path, late).rows[-1]["input"] == "late"
 
 
-@pytest.mark.parametrize(
-    ("row", "word"),
-    [
-        ({"prompt": "p", "chosen": "c", "rejected": "r"}, "preference"),
-        ({"conversations": [], "chosen": {"value": "c"}, "rejected": {"value": "r"}}, "preference"),
-        ({"prompt": "p", "completion": "c", "label": True}, "unpaired"),
-    ],
-)
-def test_preference_data_is_recognised_and_refused(tmp_path: Path, row: dict[str, Any], word: str) -> None:
-    with pytest.raises(UserError, match=word) as caught:
-        of(tmp_path, [row])
-    assert caught.value.code == "data.preference" and "data.columns" in caught.value.hint
+def test_unpaired_data_is_recognised_and_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unpaired") as caught:
+        of(tmp_path, [{"prompt": "p", "completion": "c", "label": True}])
+    assert caught.value.code == "data.unpaired" and "data.columns" in caught.value.hint
 
 
 def test_one_column_of_preference_data_may_be_imitated(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "chosen": "c", "rejected": "r"}]
-    source = of(tmp_path, rows, type="prompt_completion", columns={"completion": "chosen"})
-    assert source.rows[0]["completion"] == "c"
+    for kind in ("prompt_completion", "auto"):
+        source = of(tmp_path, rows, type=kind, columns={"completion": "chosen"})
+        assert source.kind == "prompt_completion" and source.rows[0]["completion"] == "c"
+    asked = [{"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "c"}}]
+    names = {"prompt": "conversations", "completion": "chosen"}
+    assert of(tmp_path, asked, columns=names).rows[0]["messages"][-1]["content"] == "c"
 
 
 def test_messages_beside_a_prompt_are_a_chat(tmp_path: Path) -> None:
@@ -294,7 +290,8 @@ def test_wrong_columns_say_what_there_is_and_what_was_expected(tmp_path: Path) -
     fails(path, "data.columns", "did you mean 'instruction'", columns={"instructon": "Frage"})
     fails(path, "data.columns", "chat (messages)", type="chat")
     fails(path, "data.type", "no such type", type="alpacka")
-    fails(path, "data.preference", type="preference")
+    fails(path, "data.columns", "preference (chosen, rejected)", type="preference")
+    fails(path, "data.unpaired", type="unpaired")
     fails(path, "data.limit", "at least 1", limit=0)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.data import split as splitting
+from fedloom.data.pairs import sides
 from fedloom.data.rows import Row, Source, read, row_key
 from fedloom.data.split import Groups, Keys, Numbers, Parts
 from fedloom.data.templates import Layout, Tokenizer
@@ -123,7 +124,10 @@ class ClientData:
 
 @dataclass(frozen=True)
 class Federation:
-    """All clients' data. `Example.row` is a number in `rows`, where scoring finds the answer."""
+    """All clients' data. `Example.row` is a number in `rows`, where scoring finds the answer.
+
+    Of preference data the examples are the chosen sides; `fedloom.data.pair_batches.Pairs` has both.
+    """
 
     clients: Mapping[str, ClientData]
     rows: Sequence[Row]
@@ -162,10 +166,12 @@ class Federation:
         note = f"a small part for a smoke run: {len(kept)} clients, at most {rows} rows in each part"
         return replace(self, clients=kept, report=replace(self.report, clients=table, notes=(*self.report.notes, note)))
 
-    def preview(self, example: Example) -> list[tuple[str, Shade]]:
-        """The example as text in stretches: trained on, masked, and what max_length cut off."""
+    def preview(self, example: Example, side: int = 0) -> list[tuple[str, Shade]]:
+        """The example as text in stretches: trained on, masked, and what max_length cut off. `side` is 1 for the
+        rejected one of a pair."""
         shown = render_tokens(example, self.tokenizer)
-        whole = tokenise([self.rows[example.row]], self.tokenizer, chat_template=self.chat_template).tokens.example(0)
+        row = sides(self.rows[example.row])[side]
+        whole = tokenise([row], self.tokenizer, chat_template=self.chat_template).tokens.example(0)
         if len(whole.input_ids) > len(example.input_ids):
             before = "".join(text for text, _ in shown)
             text = str(
@@ -475,8 +481,8 @@ def _check_parts(plan: _Plan, data: DataSettings) -> None:
 
 
 def _clients(parts: Mapping[str, Parts], done: Tokenised, num_rows: int) -> dict[str, ClientData]:
-    place = np.full(num_rows, -1, dtype=np.int64)  # row number -> example number
-    place[done.tokens.rows] = np.arange(len(done.tokens))
+    place = np.full(num_rows, -1, dtype=np.int64)  # row number -> example number, the first of a pair
+    place[done.tokens.rows[::-1]] = np.arange(len(done.tokens))[::-1]
     found = {}
     for name, own in parts.items():
         index = [place[rows] for rows in own]
@@ -504,6 +510,13 @@ def _check_clients(clients: Mapping[str, ClientData], plan: _Plan, data: DataSet
             )
 
 
+def _whole(examples: Examples, paired: bool) -> Examples:
+    """With the rejected sides of preference data, which are the next examples."""
+    if not paired:
+        return examples
+    return Examples(examples.tokens, np.concatenate([examples.numbers, examples.numbers + 1]))
+
+
 _LAYOUTS: Mapping[Layout, str] = {"alpaca": "the Alpaca layout", "tokenizer": "the tokenizer's chat template"}
 
 
@@ -518,6 +531,7 @@ def _report(
     used: int,
 ) -> DataReport:
     lengths = done.full_lengths[done.full_lengths > 0]
+    paired = source.kind == "preference"
     quantiles = {f"p{share}": int(np.percentile(lengths, share)) for share in (50, 90, 95, 99)} if len(lengths) else {}
     table = [
         ClientReport(
@@ -525,8 +539,8 @@ def _report(
             train=len(client.train),
             validation=len(client.validation),
             test=len(client.test),
-            train_tokens=client.train.num_tokens,
-            train_target_tokens=client.train.num_target_tokens,
+            train_tokens=_whole(client.train, paired).num_tokens,
+            train_target_tokens=_whole(client.train, paired).num_target_tokens,
             categories=splitting.counts(plan.keys, np.concatenate(plan.parts[name])),
         )
         for name, client in clients.items()
@@ -537,7 +551,8 @@ def _report(
         notes.append(
             f"{done.cut:,} rows lose the end of their answer at max_length {data.max_length}, and do not learn to stop"
         )
-    layout = _LAYOUTS[done.layout] if source.kind in ("alpaca", "chat") else "plain text"
+    written = sides(plan.rows[0])[0]["kind"]
+    layout = _LAYOUTS[done.layout] if written in ("alpaca", "chat") else "plain text"
     return DataReport(
         source=source.name,
         test_source=tests.name if tests is not None else None,
@@ -551,7 +566,10 @@ def _report(
         max_length=data.max_length,
         cut=done.cut,
         tokens={
-            **{part: sum(getattr(client, part).num_tokens for client in clients.values()) for part in PARTS},
+            **{
+                part: sum(_whole(getattr(client, part), paired).num_tokens for client in clients.values())
+                for part in PARTS
+            },
             "train_target": sum(line.train_target_tokens for line in table),
         },
         lengths={**quantiles, "max": int(lengths.max()) if len(lengths) else 0},

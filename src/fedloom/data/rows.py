@@ -6,6 +6,7 @@ A row is a dict with `kind`, the fields of that kind, and the original under `co
     chat                messages: [{"role", "content", and "train": False where no loss is wanted}, ...]
     prompt_completion   prompt, completion
     completion          text
+    preference          chosen, rejected, and what they answer: see `fedloom.data.pairs`
 
 `category` is there when the data has one, `file` (the file's stem) when several files were read. What cannot be used is
 left out and counted by reason, never patched up: a missing `input` is "", a missing answer is a dropped row, and the
@@ -39,8 +40,8 @@ Row = dict[str, Any]
 
 logger = logging.getLogger("fedloom")
 
-KINDS = ("chat", "alpaca", "prompt_completion", "completion")  # the first that fits is taken
-REFUSED_KINDS = ("preference", "unpaired")
+KINDS = ("preference", "chat", "alpaca", "prompt_completion", "completion")  # the first that fits is taken
+REFUSED_KINDS = ("unpaired",)
 SAMPLE = 100  # rows looked at to tell what a file holds: the first row alone is too often unlike the rest
 
 # field -> the columns it is looked for in, in this order
@@ -54,8 +55,20 @@ _NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "chat": {"messages": ("messages", "conversations"), "category": ("category",)},
     "prompt_completion": {"prompt": ("prompt",), "completion": ("completion",), "category": ("category",)},
     "completion": {"text": ("text",), "category": ("category",)},
+    "preference": {
+        "chosen": ("chosen",),
+        "rejected": ("rejected",),
+        "messages": ("messages", "conversations"),
+        "prompt": ("prompt",),
+        "instruction": ("instruction", "question"),
+        "input": ("input", "context"),
+        "category": ("category",),
+    },
 }
-_OPTIONAL = ("input", "category")
+_OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    "preference": ("messages", "prompt", "instruction", "input", "category"),
+}
+_OFTEN_MISSING = ("input", "category")  # of every other kind
 FIELDS = tuple(dict.fromkeys(name for names in _NAMES.values() for name in names))
 
 _ROLES = {
@@ -71,6 +84,9 @@ _ROLES = {
 }
 _GSM8K_MARKER = re.compile(r"\n?[ \t]*####[ \t]*([^\n]+?)\s*\Z")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*\Z")
+Convert = Callable[[Mapping[str, Any]], "Mapping[str, Any] | LeftOut"]  # a raw row, read otherwise or left out
+Parse = Callable[[Iterator[str]], Iterator[Mapping[str, Any]]]  # the lines of a text file -> raw rows
+
 _FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 _NOT_DATA = {
     "dataset_info.json",
@@ -78,6 +94,12 @@ _NOT_DATA = {
     "dataset_dict.json",
     "state.json",
 }  # what `datasets` puts beside
+
+
+class LeftOut(str):
+    """What `Convert` gives for a row that is not used: the reason it is counted under."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -116,12 +138,18 @@ def read(
     limit: int | None = None,
     seed: int = 0,
     exclude: Iterable[str] = (),
+    files: Sequence[Path] | None = None,
+    parse: Parse | None = None,
+    convert: Convert | None = None,
 ) -> Source:
     """Read `path`: a file, a folder, a glob, "builtin:NAME", or a hub id ("owner/name", needs `datasets`).
 
     `type` is "auto" or one of `KINDS`; `columns` maps fields to the data's own names. At most `limit` rows are read:
     the first ones of a file, and of several files the same number from each. `seed` is for built-in tasks, whose rows
     are made. `exclude` are files of the folder that are left alone (the test file, when it lies beside the others).
+
+    For named sets: `files` are read in place of what `path` names, `parse` makes rows of a text file, and `convert`
+    changes each raw row before it is looked at.
 
     Raises:
         UserError: nothing there, not readable, not UTF-8, not recognised, or no usable row; it names file and line.
@@ -136,20 +164,21 @@ def read(
     if path.startswith("builtin:"):
         return _read_builtin(path, limit=limit, seed=seed)
 
-    files = _files_of(path, exclude)
+    files = _files_of(path, exclude) if files is None else files
     if files is None:
         return _gather(path, [("", lambda: _hub_rows(path))], type=type, columns=columns, limit=limit)
     names = _stems(files) if len(files) > 1 else [""]
     openers: list[tuple[str, Callable[[], Iterator[_Raw]]]] = [
-        (name, lambda file=file: _file_rows(file))  # type: ignore[misc]
+        (name, lambda file=file: _file_rows(file, parse))  # type: ignore[misc]
         for name, file in zip(names, files, strict=True)
     ]
-    return _gather(path, openers, type=type, columns=columns, limit=limit, one_file=len(files) == 1)
+    one_file = len(files) == 1
+    return _gather(path, openers, type=type, columns=columns, limit=limit, convert=convert, one_file=one_file)
 
 
 def row_key(row: Row) -> bytes:
     """16 bytes that are equal for exact duplicates: the same content, whatever the category or the other columns."""
-    content = {name: row[name] for name in _NAMES[row["kind"]] if name != "category"}
+    content = {name: row[name] for name in _NAMES[row["kind"]] if name != "category" and name in row}
     text = json.dumps([row["kind"], content], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 
@@ -254,7 +283,7 @@ def _stems(files: Sequence[Path]) -> list[str]:
     return [str(file) for file in files]
 
 
-def _file_rows(file: Path) -> Iterator[_Raw]:
+def _file_rows(file: Path, parse: Parse | None = None) -> Iterator[_Raw]:
     readers = {
         ".json": _json_rows,
         ".jsonl": _jsonl_rows,
@@ -263,8 +292,11 @@ def _file_rows(file: Path) -> Iterator[_Raw]:
         ".parquet": _parquet_rows,
     }
     ending = _format_of(file)
-    assert ending is not None
     try:
+        if parse is not None:
+            yield from (_Raw(f"{file}, row {number:,}", row) for number, row in enumerate(parse(_lines(file)), 1))
+            return
+        assert ending is not None
         yield from readers[ending](file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{file}: damaged gzip file: {error}", code="data.damaged") from error
@@ -466,6 +498,7 @@ def _gather(
     type: str,
     columns: Mapping[str, str] | None,
     limit: int | None,
+    convert: Convert | None = None,
     one_file: bool = True,
 ) -> Source:
     rows: list[Row] = []
@@ -477,15 +510,19 @@ def _gather(
     for place, (name, open_rows) in enumerate(openers):
         # Of several files the same number from each: the first file alone may be a single client.
         share = None if limit is None else limit // len(openers) + (place < limit % len(openers))
-        raw = itertools.islice(open_rows(), share)
-        sample = list(itertools.islice(raw, SAMPLE))
+        raw = _converted(itertools.islice(open_rows(), share), convert)
+        sample = _first(raw)
         if not sample:
             if share == 0:
                 continue
             raise UserError(f"{path if one_file else name}: empty, it has no rows", code="data.empty")
         for where, value in sample:
             _check_object(where, value)
-        layout = layouts[name] = _recognise(path if one_file else name, [item.value for item in sample], type, columns)
+        looked_at = [item.value for item in sample if not isinstance(item.value, LeftOut)]
+        if not looked_at:
+            counts = _counts(Counter(item.value for item in sample))
+            raise UserError(f"{path}: not one of {len(sample):,} rows can be used ({counts})", code="data.no_rows")
+        layout = layouts[name] = _recognise(path if one_file else name, looked_at, type, columns)
         first = next(iter(layouts.items()))
         if layout.kind != first[1].kind:
             raise UserError(
@@ -496,6 +533,9 @@ def _gather(
         for where, value in itertools.chain(sample, raw):
             read += 1
             _check_object(where, value)
+            if isinstance(value, LeftOut):
+                dropped[str(value)] += 1
+                continue
             # A parser makes new strings for the names of every row; a million rows can share one set of them.
             names = tuple(value)
             value = dict(zip(shared.setdefault(names, names), value.values(), strict=True))
@@ -531,8 +571,27 @@ def _gather(
     return source
 
 
+def _converted(raw: Iterator[_Raw], convert: Convert | None) -> Iterator[_Raw]:
+    if convert is None:
+        yield from raw
+        return
+    for where, value in raw:
+        _check_object(where, value)
+        yield _Raw(where, convert(value))
+
+
+def _first(raw: Iterator[_Raw]) -> list[_Raw]:
+    """As many rows as it takes for `SAMPLE` of them to be usable."""
+    found: list[_Raw] = []
+    usable = 0
+    while usable < SAMPLE and (item := next(raw, None)) is not None:
+        found.append(item)
+        usable += not isinstance(item.value, LeftOut)
+    return found
+
+
 def _check_object(where: str, value: Any) -> None:
-    if not isinstance(value, dict):
+    if not isinstance(value, (dict, LeftOut)):
         raise UserError(
             f"{where}: {_what(value)}; expected an object with named fields",
             hint='for example {"instruction": "...", "input": "...", "output": "..."}',
@@ -570,27 +629,22 @@ def _recognise(
             hits = [column for column in candidates if column in filled] or [c for c in candidates if c in there]
             if hits:
                 found[name] = (hits[0],)
-            elif name in _OPTIONAL:
+            elif name in _OPTIONAL.get(kind, _OFTEN_MISSING):
                 found[name] = candidates  # it may still come in a later row
             else:
                 return None
         return found
 
-    if type == "auto":
-        if {"chosen", "rejected"} <= filled:
-            raise _refused(where, "preference")
-        if "label" in there and "prompt" in there and all(isinstance(row.get("label"), bool) for row in sample):
-            raise _refused(where, "unpaired")
     asked = KINDS if type == "auto" else (type,)
+    labelled = "label" in there and "prompt" in there and all(isinstance(row.get("label"), bool) for row in sample)
+    if type == "auto" and labelled:
+        raise _refused(where, "unpaired")
     for kind in asked:
         layout = look(kind)
         if layout is not None:
             return _Layout(kind, layout)
-    expected = "; ".join(
-        f"{kind} ({', '.join(name for name in _NAMES[kind] if name not in _OPTIONAL)})" for kind in asked
-    )
-    wanted = _NAMES["alpaca" if type == "auto" else type]
-    example = ", ".join(f"{name}: COLUMN" for name in wanted if name not in _OPTIONAL)
+    expected = "; ".join(f"{kind} ({', '.join(_needed(kind))})" for kind in asked)
+    example = ", ".join(f"{name}: COLUMN" for name in _needed("alpaca" if type == "auto" else type))
     raise UserError(
         f"{where}: the columns are {', '.join(there) or 'none'}; expected those of {expected}",
         hint=f"say which column is which: data.columns='{{{example}}}'",
@@ -598,15 +652,16 @@ def _recognise(
     )
 
 
+def _needed(kind: str) -> list[str]:
+    """The fields that rows of this kind must have."""
+    return [name for name in _NAMES[kind] if name not in _OPTIONAL.get(kind, _OFTEN_MISSING)]
+
+
 def _refused(where: str, kind: str) -> UserError:
-    has = {
-        "preference": "pairs of a chosen and a rejected answer",
-        "unpaired": "answers with a label (good or bad)",
-    }[kind]
     return UserError(
-        f"{where}: this is {kind} data ({has}); fedloom trains on answers to imitate (supervised fine-tuning)",
+        f"{where}: this is {kind} data (answers with a label, good or bad); fedloom trains on answers to imitate",
         hint="to imitate one column of it, name it: data.type=prompt_completion data.columns.completion=COLUMN",
-        code="data.preference",
+        code="data.unpaired",
     )
 
 
@@ -616,6 +671,10 @@ def _normalise(where: str, raw: Mapping[str, Any], layout: _Layout, notes: Count
     row: Row = {"kind": kind}
     if kind == "chat":
         row["messages"] = _messages(where, raw, _value(raw, columns["messages"]), notes)
+    elif kind == "preference":
+        from fedloom.data.pairs import pair
+
+        row |= pair(where, raw, {name: _value(raw, places) for name, places in columns.items()}, notes)
     elif kind == "prompt_completion" and isinstance(_value(raw, columns["prompt"]), list):
         # The conversational form: only the completion carries loss, also where the prompt has earlier answers.
         prompt = _messages(where, {}, _value(raw, columns["prompt"]), notes, answers_needed=False)
@@ -682,6 +741,8 @@ def _messages(
     """OpenAI messages or ShareGPT conversations -> messages up to the last answer."""
     if _is_null(value) or value == []:
         raise _DropError("no messages")
+    if isinstance(value, dict):  # one message, not in a list
+        value = [value]
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UserError(f"{where}: the messages are {_what(value)}; expected a list of objects", code="data.field")
     messages: list[dict[str, Any]] = []

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom.data.pairs import sides
 from fedloom.data.rows import Row
 from fedloom.data.templates import (
     Layout,
@@ -205,7 +206,8 @@ def tokenise(
     train_on_inputs: bool = False,
     chunk: int = CHUNK,
 ) -> Tokenised:
-    """Tokenise all rows, `chunk` of them per call of the tokenizer.
+    """Tokenise all rows, `chunk` of them per call of the tokenizer. A preference row gives two examples, one after
+    the other: the chosen and the rejected side, or none if one of them cannot be used.
 
     `max_length` (tokens) cuts the end of an answer, and with it the stop token: the prompt is kept. A row that keeps no
     token of its answers is left out.
@@ -228,37 +230,40 @@ def tokenise(
     refused = np.zeros(len(rows), dtype=np.bool_)
     cut = 0
     for begin in range(0, len(rows), chunk):
-        lines = maker.lines(rows[begin : begin + chunk])
+        some = rows[begin : begin + chunk]
+        lines = iter(maker.lines([side for row in some for side in sides(row)]))
         flat: list[int] = []
         run_lengths: list[int] = []
         run_trained: list[bool] = []
-        for number, line in enumerate(lines, begin):
-            if line is None:
+        for number, row in enumerate(some, begin):
+            found = list(itertools.islice(lines, len(sides(row))))
+            own = [line for line in found if line is not None]
+            if len(own) < len(found):
                 refused[number] = True
                 continue
-            full = len(line.ids)
-            full_lengths[number] = full
-            room = full if max_length is None else min(full, max_length)
-            needed[number] = _first_trained(line.runs) + 1
-            if needed[number] > room:
+            full_lengths[number] = max(len(line.ids) for line in own)
+            needed[number] = max(_first_trained(line.runs) + 1 for line in own)
+            rooms = [len(line.ids) if max_length is None else min(len(line.ids), max_length) for line in own]
+            if any(_first_trained(line.runs) + 1 > room for line, room in zip(own, rooms, strict=True)):
                 wholly_cut[number] = True
                 continue
-            cut += room < full
-            flat.extend(line.ids[:room])
-            left = room
-            for length, trained in line.runs:
-                length = min(length, left)
-                run_lengths.append(length)
-                run_trained.append(trained or train_on_inputs)
-                left -= length
-            kept_lengths.append(room)
-            kept_rows.append(number)
+            cut += any(room < len(line.ids) for line, room in zip(own, rooms, strict=True))
+            for line, room in zip(own, rooms, strict=True):
+                flat.extend(line.ids[:room])
+                left = room
+                for length, trained in line.runs:
+                    length = min(length, left)
+                    run_lengths.append(length)
+                    run_trained.append(trained or train_on_inputs)
+                    left -= length
+                kept_lengths.append(room)
+                kept_rows.append(number)
         ids_parts.append(np.asarray(flat, dtype=np.int32))
         mask_parts.append(np.repeat(np.asarray(run_trained, dtype=np.bool_), np.asarray(run_lengths, dtype=np.int64)))
         now = time.monotonic()
         if now - said > _WORTH_SAYING_SECONDS:
             said = now
-            done = begin + len(lines)
+            done = begin + len(some)
             logger.info(
                 "tokenised %s of %s rows (%s rows/s)", f"{done:,}", f"{len(rows):,}", f"{done / (now - started):,.0f}"
             )
@@ -537,6 +542,7 @@ def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, chat_template: str | N
         UserError: no stop token, no such template, or a conversation that the template refuses.
     """
     layout = layout_for(tokenizer, chat_template)
+    rows = [sides(row)[0] for row in rows]
     eos, prefix = _eos_id(tokenizer), _prefix(tokenizer)
     found: list[list[int]] = [[] for _ in rows]
     # (row, text, stop token follows), by whether a special token's name in a text is only characters

@@ -88,6 +88,7 @@ def open_session(recipe: Recipe, *, smoke: bool = False) -> Session:
     algorithm_of(recipe)  # a wrong composition is told before anything is loaded
     base = make_base(recipe)
     federation = prepare(recipe.data, recipe.split, base.tokenizer, recipe.seed)
+    _check_trainable(federation)
     _check_positions(base, recipe, federation)
     if smoke:
         federation = federation.small(SMOKE_CLIENTS, SMOKE_ROWS)
@@ -109,6 +110,17 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
             **steps,
         }
     )
+
+
+def _check_trainable(federation: Federation) -> None:
+    if federation.report.read_as == "preference":
+        raise UserError(
+            f"{federation.report.source}: this is preference data (pairs of a chosen and a rejected answer); "
+            "what is trained on here are answers to imitate (supervised fine-tuning)",
+            hint="to imitate the chosen answers: data.columns.completion=chosen, or output=chosen for rows with an "
+            "instruction; data.type=chat data.columns.messages=chosen where chosen is a whole conversation",
+            code="data.preference",
+        )
 
 
 def _check_cohort(recipe: Recipe, federation: Federation) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from fedloom.data import prepare, read, render_tokens, round_batches
 from fedloom.data.federation import PARTS, Federation
+from fedloom.data.pair_batches import Pairs
 from fedloom.data.tokens import NO_LOSS, pad_id_of
 
 Find = Callable[[str], Path]
@@ -110,8 +111,6 @@ def test_codealpaca(real_path: Find, stories: Any) -> None:
 
 def test_other_real_files_are_recognised(real_path: Find) -> None:
     assert read(str(real_path("data/qa/boolq_train.json"))).said == "read as alpaca: 9,427 rows"
-    with pytest.raises(Exception, match="preference data"):
-        read(str(real_path("data/preference/llamafactory_dpo_en_demo.json")))
     with pytest.raises(Exception, match="the columns are"):
         read(str(real_path("data/humaneval/HumanEval.jsonl.gz")), limit=5)
 
@@ -145,3 +144,21 @@ def test_padding_on_gsm8k(real_path: Find, stories: Any) -> None:
     plain, aligned = padding(False), padding(True)
     print(f"padding on GSM8K: plain {plain:.1%}, buckets in a shared order {aligned:.1%}")
     assert aligned < 0.13 < 0.3 < plain
+
+
+def test_preference_data_whole(real_path: Find, stories: Any) -> None:
+    harmless = read(str(real_path("data/preference/hh_harmless_base_test.jsonl.gz")))
+    assert harmless.kind == "preference" and harmless.read == 2312
+    assert harmless.dropped == {"empty answer": 4, "the dialogues differ before their last answer": 5}
+    assert all(row["messages"][0]["role"] == "user" for row in harmless.rows)
+    path = str(real_path("data/preference/llamafactory_dpo_en_demo.json"))
+    federation = prepare(Data(path, max_length=2048), Split("iid", 3), stories, 0)
+    adds_up(federation)
+    pairs = Pairs(federation.pooled("train"))
+    assert federation.report.rows_read == 300 and len(pairs) > 150
+    for chosen, rejected in pairs[:20]:
+        row = federation.rows[chosen.row]
+        for side, example in (("chosen", chosen), ("rejected", rejected)):
+            shown = federation.preview(example, side=side == "rejected")
+            learnt = "".join(text for text, shade in shown if shade == "trained").strip()
+            assert learnt.startswith(row[side][-1]["content"][:20].strip())

@@ -106,11 +106,18 @@ def _pieces(federation: Federation, place: int) -> dict[str, Any] | None:
     if number >= len(client.train):
         return None
     example = client.train[number]
-    return {
+    shown: dict[str, Any] = {
         "client": client.id,
         "tokens": len(example.input_ids),
         "pieces": [{"text": text, "shade": shade} for text, shade in federation.preview(example)],
     }
+    if federation.report.read_as == "preference":
+        from fedloom.data.pair_batches import Pairs
+
+        rejected = Pairs(client.train)[number].rejected
+        shown["rejected_tokens"] = len(rejected.input_ids)
+        shown["rejected"] = [{"text": text, "shade": shade} for text, shade in federation.preview(rejected, side=1)]
+    return shown
 
 
 def _show_clients(console: Console, report: DataReport, recipe: Recipe) -> None:
@@ -158,13 +165,24 @@ def _show_example(console: Console, federation: Federation, place: int) -> None:
     if shown is None:
         return
     console.print()
-    legend = Text(f"an example of {shown['client']}, {shown['tokens']} tokens: ")
+    pair = "rejected" in shown
+    legend = Text(f"{'a pair' if pair else 'an example'} of {shown['client']}, {shown['tokens']} tokens: ")
     plain = not console.is_terminal or console.color_system is None
     for shade, meaning in MARKS.items():
         legend.append(f"[{meaning}] ", style=STYLES[shade])
     console.print(legend)
+    _show_pieces(console, shown["pieces"], plain)
+    if pair:
+        console.print()
+        console.print(Text(f"and what was rejected, {shown['rejected_tokens']} tokens:"))
+        _show_pieces(console, shown["rejected"], plain)
+
+
+def _show_pieces(console: Console, pieces: list[dict[str, str]], plain: bool) -> None:
+    from rich.text import Text
+
     text = Text()
-    for piece in shown["pieces"]:
+    for piece in pieces:
         if plain:  # no colours: the kind stands before each stretch
             text.append(f"<{piece['shade']}>")
         text.append(piece["text"], style=STYLES[piece["shade"]])

@@ -283,7 +283,7 @@ def tokenise(
     own_limit = getattr(tokenizer, "model_max_length", None)
     longest = int(tokens.lengths.max()) if len(tokens) else 0
     if own_limit is not None and longest > own_limit:
-        over = int((tokens.lengths > own_limit).sum())
+        over = len(np.unique(tokens.rows[tokens.lengths > own_limit]))
         notes += (
             f"{over:,} rows are longer than the {own_limit:,} tokens the model's tokenizer states as its most; "
             f"data.max_length={own_limit} cuts them",

@@ -109,7 +109,9 @@ SERVER_OPTIM_DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "adagrad": {"server_learning_rate": 1e-2, "server_beta1": 0.0, "server_tau": 1e-3},
 }
 
-COLUMN_NAMES = ("instruction", "input", "output", "category", "messages", "prompt", "completion", "text")
+COLUMN_NAMES = (
+    "instruction", "input", "output", "category", "messages", "prompt", "completion", "text", "chosen", "rejected",
+)  # fmt: skip
 DEFAULT_CLIENTS = 4  # of a split that cannot tell by itself (iid, dirichlet)
 DEFAULT_VAL_SHARE = 0.05
 DEFAULT_TEST_SHARE = 0.1
@@ -130,8 +132,10 @@ class DataRecipe(_Block):
     test_path: str | None = Field(
         None, description="Rows to test on, from another file or data set. Without it test_set_size is set aside."
     )
-    type: Literal["auto", "alpaca", "chat", "prompt_completion", "completion"] = Field(
-        "auto", description="What a row is. `auto` looks at the columns and says what it took."
+    type: Literal["auto", "alpaca", "chat", "prompt_completion", "completion", "preference"] = Field(
+        "auto",
+        description="What a row is. `auto` looks at the columns and says what it took. `preference` is read and "
+        "previewed; a run trains on answers to imitate.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,

@@ -176,6 +176,21 @@ def read(
     return _gather(path, openers, type=type, columns=columns, limit=limit, convert=convert, one_file=one_file)
 
 
+def objects(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) for each object of a file or folder as it is, for formats that are not rows to train on.
+
+    Raises:
+        UserError: nothing there, not readable, not UTF-8, or not an object with named fields; it names file and line.
+    """
+    files = _files_of(path, ())
+    if files is None:
+        raise _missing(path, Path(path).expanduser())
+    for file in files:
+        for where, value in _file_rows(file):
+            _check_object(where, value)
+            yield where, value
+
+
 def row_key(row: Row) -> bytes:
     """16 bytes that are equal for exact duplicates: the same content, whatever the category or the other columns."""
     content = {name: row[name] for name in _NAMES[row["kind"]] if name != "category" and name in row}

@@ -11,15 +11,16 @@ that was written down can be judged again without the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedloom.data.rows import Row
+from fedloom.errors import UserError, suggest
 from fedloom.evaluate.generate import Sampling
 
-__all__ = ["Answer", "Choose", "Item", "ItemScore", "Request", "Task", "TaskSettings", "Write"]
+__all__ = ["Answer", "Choose", "Item", "ItemScore", "Request", "Task", "TaskSettings", "Write", "check_settings"]
 
 
 class Write(NamedTuple):
@@ -101,3 +102,28 @@ class Task:
     load: Callable[[Path | None, TaskSettings], Sequence[Item]]
     judge: Callable[[Sequence[Item], Sequence[Answer]], Sequence[ItemScore]]
     summarise: Callable[[Sequence[Item], Sequence[ItemScore]], dict[str, float]]
+    places: tuple[str, ...] = ()  # where its files are looked for below `data_home()`, the usual place first
+
+
+def check_settings(task: str, settings: TaskSettings, *takes: str, extra: Collection[str] = ()) -> None:
+    """Refuse what a task has no use for, so that nothing a user says is passed over in silence.
+
+    Args:
+        takes: of num_fewshot, max_new_tokens and samples; `limit` and `seed` are for all tasks.
+        extra: names of the task's own settings.
+
+    Raises:
+        UserError: a setting is of no use here, unknown or out of range; every reason is named.
+    """
+    problems = []
+    for name, least in (("num_fewshot", 0), ("max_new_tokens", 1), ("samples", 1), ("limit", 1)):
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        if value < least:
+            problems.append(f"{name} is {value}, must be {least} or more")
+        if name != "limit" and name not in takes:
+            problems.append(f"it has no use for {name} ({value})")
+    problems += [f"it has no setting {name!r}{suggest(name, extra)}" for name in settings.extra if name not in extra]
+    if problems:
+        raise UserError(f"{task}: " + "; ".join(problems), "leave it out, or ask this task by itself", "task.settings")

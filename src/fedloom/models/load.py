@@ -29,6 +29,7 @@ __all__ = [
     "Base",
     "builtin_folder",
     "hardware_dtype",
+    "hub_is_offline",
     "load_base",
     "load_tokenizer",
     "random_base",
@@ -287,8 +288,8 @@ def _locate(name: str) -> tuple[Path | str, bool]:
         there = f"{path.parent} has " + ", ".join(near) if near else f"{path.parent} has no folders"
         raise UserError(f"model {name}: no such folder", hint=there, code="model.no_folder")
     if _is_cached(name):
-        return name, _is_offline(name)
-    if _is_offline(name):
+        return name, hub_is_offline()
+    if hub_is_offline():
         raise UserError(
             f"model {name}: there is no such folder, and the model hub cannot be reached from here",
             hint=_download_hint(name),
@@ -318,11 +319,12 @@ def _folder_of(source: Path | str) -> str:
     return str(Path(config).parent) if isinstance(config, str) else source
 
 
-def _is_offline(name: str) -> bool:
-    """Whether the hub is out of reach; asked once per process, since the client's own retries take half a minute."""
+def hub_is_offline() -> bool:
+    """Whether the hub is out of reach, or to be left alone (HF_HUB_OFFLINE, FEDLOOM_OFFLINE). The network is tried once
+    per process, since the client's own retries take half a minute."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or os.environ.get("FEDLOOM_OFFLINE", "") not in ("", "0"):
         return True
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return False  # a proxy resolves the name; let the client try

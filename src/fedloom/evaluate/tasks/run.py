@@ -475,7 +475,7 @@ def run_task(
         out,
     )
     if out is not None:
-        _write(out, _header(task, settings, source, about, result), items, asked, answers, scores)
+        write_lines(out, [header_of(result, settings, source, about), *map(_line, items, asked, answers, scores)])
     return result
 
 
@@ -555,13 +555,14 @@ def _counts(counts: Mapping[str, int]) -> dict[str, int]:
 # ---- the file of items -----------------------------------------------------------------------------------------------
 
 
-def _header(
-    task: Task, settings: TaskSettings, source: Path | None, about: Mapping[str, Any] | None, result: TaskResult
+def header_of(
+    result: TaskResult, settings: TaskSettings, source: Path | None, about: Mapping[str, Any] | None
 ) -> dict[str, Any]:
+    """The first line of a file of items."""
     return {
         "format": FORMAT,
-        "task": task.name,
-        "metric": task.metric,
+        "task": result.name,
+        "metric": result.metric,
         "settings": {**asdict(settings), "extra": dict(settings.extra)},
         "source": None if source is None else str(source),
         "model": dict(about or {}),
@@ -583,20 +584,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _write(
-    path: Path,
-    header: Mapping[str, Any],
-    items: Sequence[Item],
-    asked: Sequence[Asked],
-    answers: Sequence[Answer],
-    scores: Sequence[ItemScore],
-) -> None:
-    """Write the file beside its place and move it there."""
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of items beside its place and move it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
-            for line in (header, *map(_line, items, asked, answers, scores)):
+            for line in lines:
                 stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
@@ -662,7 +656,7 @@ def rescore(path: Path, out: Path | None = None) -> TaskResult:
         out or path,
     )
     if out is not None:
-        _write(out, {**header, "summary": result.summary}, items, asked, answers, scores)
+        write_lines(out, [{**header, "summary": result.summary}, *map(_line, items, asked, answers, scores)])
     return result
 
 

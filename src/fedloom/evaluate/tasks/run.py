@@ -165,13 +165,13 @@ class _Fitted(NamedTuple):
     room: int | None
 
 
-class _Row(NamedTuple):
-    """One answer to be written."""
+class Opening(NamedTuple):
+    """Tokens to go on from."""
 
-    request: int
-    sample: int
     ids: Ids
-    seed: int
+    room: int  # tokens to write at most; the model's positions allow so many
+    stop: tuple[str, ...] = ()
+    sampling: Sampling | None = None  # with draws of its own
 
 
 class ModelAnswerer:
@@ -197,40 +197,52 @@ class ModelAnswerer:
     def write(self, requests: Sequence[Write]) -> list[tuple[str, ...]]:
         fitted = self._fit(requests)
         answers = [[""] * request.samples if one.ids else [] for request, one in zip(requests, fitted, strict=True)]
-        groups: dict[Any, list[_Row]] = {}  # rows that may share a pass
+        asked: list[Opening] = []
+        places: list[tuple[int, int]] = []  # (request, sample) of each
         for number, (request, one) in enumerate(zip(requests, fitted, strict=True)):
             if not one.ids or one.room is None:
                 continue
             drawn = request.sampling
-            how = None if drawn is None else replace(drawn, seed=0)
-            # A prompt with less room than asked for would shorten the answers of its batch.
-            length = len(one.ids) if one.room != request.max_new_tokens else None
             for k in range(1 if drawn is None else request.samples):
-                seed = 0 if drawn is None else seed_of(drawn.seed, 0, "", f"sample/{k}")
-                groups.setdefault((one.room, request.stop, how, length), []).append(_Row(number, k, one.ids, seed))
-        done, total = 0, sum(map(len, groups.values()))
-        with self.adapter.bound(self.tree_C) as model, memory_explained(self.batch_size):
-            for (room, stop, how, _), rows in groups.items():
-                rows.sort(key=lambda row: -len(row.ids))
-                for start in range(0, len(rows), self.batch_size):
-                    some = rows[start : start + self.batch_size]
-                    written = generate_rows(
-                        model,
-                        [row.ids for row in some],
-                        self.tokenizer,
-                        max_new_tokens=room,
-                        sampling=how,
-                        seeds=[row.seed for row in some],
-                        stop=stop,
-                    )
-                    for row, ids in zip(some, written, strict=True):
-                        answers[row.request][row.sample] = until(self._text(requests[row.request], row.ids, ids), stop)
-                    done += len(some)
-                    self._say(done, total, "answers")
+                own = None if drawn is None else replace(drawn, seed=seed_of(drawn.seed, 0, "", f"sample/{k}"))
+                asked.append(Opening(one.ids, one.room, request.stop, own))
+                places.append((number, k))
+        for (number, k), ids in zip(places, self.written(asked), strict=True):
+            request = requests[number]
+            answers[number][k] = until(self._text(request, fitted[number].ids, ids), request.stop)
         for request, texts in zip(requests, answers, strict=True):
             if request.sampling is None and texts:  # the most likely text is the same each time
                 texts[:] = texts[:1] * request.samples
         return [tuple(texts) for texts in answers]
+
+    def written(self, asked: Sequence[Opening]) -> list[list[int]]:
+        """What the model writes after given tokens; a stop text that ends it is still in it."""
+        found: list[list[int]] = [[] for _ in asked]
+        groups: dict[Any, list[int]] = {}  # what may share a pass
+        for number, one in enumerate(asked):
+            how = None if one.sampling is None else replace(one.sampling, seed=0)
+            groups.setdefault((one.room, one.stop, how), []).append(number)
+        done = 0
+        with self.adapter.bound(self.tree_C) as model, memory_explained(self.batch_size):
+            for (room, stop, how), numbers in groups.items():
+                numbers.sort(key=lambda number: -len(asked[number].ids))
+                for start in range(0, len(numbers), self.batch_size):
+                    some = numbers[start : start + self.batch_size]
+                    seeds = [drawn.seed for number in some if (drawn := asked[number].sampling) is not None]
+                    rows = generate_rows(
+                        model,
+                        [asked[number].ids for number in some],
+                        self.tokenizer,
+                        max_new_tokens=room,
+                        sampling=how,
+                        seeds=seeds or None,
+                        stop=stop,
+                    )
+                    for number, ids in zip(some, rows, strict=True):
+                        found[number] = ids
+                    done += len(some)
+                    self._say(done, len(asked), "answers")
+        return found
 
     def choose(self, requests: Sequence[Choose]) -> list[tuple[float, ...]]:
         fitted = self._fit(requests)

@@ -641,6 +641,10 @@ def rescore(path: Path, out: Path | None = None) -> TaskResult:
         UserError: it is no such file, or is damaged, or there is no such task.
     """
     header, lines = _read(path)
+    if "harness" in header:
+        from fedloom.evaluate.harness import rescored
+
+        return rescored(header, lines, out)
     task = find_task(header["task"])
     items, asked, answers = [], [], []
     for number, line in enumerate(lines, 2):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedloom.errors import UserError
 
-__all__ = ["data_home", "locate"]
+__all__ = ["data_home", "locate", "user_cache"]
 
 
 def data_home() -> Path:
@@ -19,8 +19,13 @@ def data_home() -> Path:
     named = os.environ.get("FEDLOOM_DATA")
     if named:
         return Path(named).expanduser()
+    return user_cache() / "data"
+
+
+def user_cache() -> Path:
+    """The folder for what can be made again: `fedloom` in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "fedloom" / "data"
+    return (Path(cache) if cache else Path.home() / ".cache") / "fedloom"
 
 
 def locate(name: str, places: Sequence[str], given: Path | str | None, *, source: str, setting: str) -> Path:

@@ -192,28 +192,36 @@ def _sampling(task: str, kwargs: Mapping[str, Any], seed: int) -> Sampling | Non
 class RecordedModel(LM):  # type: ignore[misc]
     """Gives the answers that another model gave, for judging them again.
 
+    Args:
+        said: of each item, in the order in which it was asked.
+        templated: the other model saw the questions in its chat template, which is not known here.
+
     Raises:
         UserError: it is asked something that the other model was not asked.
     """
 
-    def __init__(self, said: Sequence[Said]) -> None:
+    def __init__(self, said: Mapping[Place, Sequence[Said]], templated: bool) -> None:
         super().__init__()
-        self.answers: dict[str, list[Any]] = defaultdict(list)
-        for one in reversed(said):  # so that `pop` gives them in the order in which they were given
-            self.answers[_key(one.kind, one.arguments)].append(one.answer)
+        self.said = {place: list(own) for place, own in said.items()}
+        self.templated = templated
 
     def _again(self, requests: Sequence[Instance]) -> list[Any]:
         found = []
         for instance in requests:
-            answers = self.answers.get(_key(instance.request_type, instance.args))
-            if not answers:
+            own = self.said.get(_place(instance), [])
+            one = next((one for one in own if one.kind == instance.request_type), None)
+            if one is None or self._seen(one.arguments) != self._seen(instance.args):
                 raise UserError(
-                    f"lm_eval:{instance.task_name}: item {instance.doc_id} was not asked when the file was written",
+                    f"lm_eval:{instance.task_name}: item {instance.doc_id} is not as it was asked",
                     "the task or its data have changed since: measure again",
                     "task.file",
                 )
-            found.append(answers.pop() if len(answers) > 1 else answers[0])
+            own.remove(one)
+            found.append(one.answer)
         return found
+
+    def _seen(self, arguments: Sequence[Any]) -> str:
+        return json.dumps(list(arguments[self.templated :]), sort_keys=True)
 
     def loglikelihood(self, requests: list[Instance]) -> list[Any]:
         return [tuple(answer) for answer in self._again(requests)]
@@ -223,7 +231,3 @@ class RecordedModel(LM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance]) -> list[Any]:
         return self._again(requests)
-
-
-def _key(kind: str, arguments: Sequence[Any]) -> str:
-    return json.dumps([kind, *arguments], sort_keys=True)

@@ -22,4 +22,4 @@ TASKS: Mapping[str, str] = {
 }
 
 # beginning of a name -> "module:function" that makes a `Task` of what follows it (or raises UserError)
-FAMILIES: Mapping[str, str] = {}
+FAMILIES: Mapping[str, str] = {"lm_eval:": "fedloom.evaluate.harness:task_of"}

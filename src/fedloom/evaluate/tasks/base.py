@@ -103,6 +103,9 @@ class Task:
     judge: Callable[[Sequence[Item], Sequence[Answer]], Sequence[ItemScore]]
     summarise: Callable[[Sequence[Item], Sequence[ItemScore]], dict[str, float]]
     places: tuple[str, ...] = ()  # where its files are looked for below `data_home()`, the usual place first
+    run: Callable[..., Any] | None = (
+        None  # in place of asking and judging items one by one: as `run_task`, a `TaskResult`
+    )
 
 
 def check_settings(task: str, settings: TaskSettings, *takes: str, extra: Collection[str] = ()) -> None:

@@ -460,6 +460,9 @@ def run_task(
         UserError: the files are not there, are not what the task reads, or a setting is wrong for it.
         RunError: out of memory.
     """
+    if task.run is not None:
+        whole: TaskResult = task.run(answerer, source=source, settings=settings, out=out, about=about)
+        return whole
     started = time.perf_counter()
     items = limited(list(task.load(source, settings)), settings.limit)
     if not items:
@@ -642,7 +645,10 @@ def rescore(path: Path, out: Path | None = None) -> TaskResult:
     """
     header, lines = _read(path)
     if "harness" in header:
-        from fedloom.evaluate.harness import rescored
+        from fedloom.evaluate.harness import require
+
+        require()
+        from fedloom.evaluate.harness_run import rescored
 
         return rescored(header, lines, out)
     task = find_task(header["task"])

@@ -104,6 +104,37 @@ def test_dirichlet_gives_up_after_bounded_tries(path: str) -> None:
     assert caught.value.code == "split.dirichlet" and "larger split.alpha" in caught.value.hint
 
 
+def test_shards_and_quantity_skew(path: str) -> None:
+    shards = prepare(Data(path), Split("shards", 6, shards_per_client=2), PLAIN, 3)
+    adds_up(shards)
+    assert len(shards.clients) == 6 and {sum(map(len, [own.train, own.validation, own.test]))
+                                         for own in shards.clients.values()} == {20}  # fmt: skip
+    assert all(len(line.categories) <= 3 for line in shards.report.clients)
+    skewed = prepare(Data(path), Split("quantity_skew", 6, 0.4), PLAIN, 3)
+    adds_up(skewed)
+    sizes = [line.train for line in skewed.report.clients]
+    assert min(sizes) >= 1 and max(sizes) > 3 * min(sizes)
+    with pytest.raises(UserError, match=r"quantity_skew needs split\.alpha"):
+        prepare(Data(path), Split("quantity_skew", 6), PLAIN, 3)
+    with pytest.raises(UserError, match=r"quantity_skew: with alpha 0\.001, 60 clients and 120 rows, 200 draws"):
+        prepare(Data(path), Split("quantity_skew", 60, 0.001), PLAIN, 0)
+
+
+def test_rows_of_clients_that_are_too_small_add_up(tmp_path: Path) -> None:
+    rows = [*alpaca_rows(40, ["a", "b"]), *alpaca_rows(3, ["c"], first=100), *alpaca_rows(2, ["d"], first=200)]
+    tests = alpaca_rows(8, [*CATEGORIES, "a", "b", "c", "d"], first=300)
+    federation = prepare(
+        Data(write(tmp_path / "d.jsonl", rows), write(tmp_path / "t.jsonl", tests)),
+        Split("by_category", None, min_rows=10),
+        PLAIN,
+        0,
+    )
+    adds_up(federation)
+    assert sorted(federation.clients) == ["a", "b"]
+    assert federation.report.left_out["of 2 categories with fewer than split.min_rows 10"] == 5
+    assert federation.report.left_out["test row of a category no client has"] == 6
+
+
 def test_by_column_files_and_built_in(tmp_path: Path) -> None:
     rows = [{**row, "user": f"u{i % 3}"} for i, row in enumerate(alpaca_rows(60))]
     federation = prepare(Data(write(tmp_path / "d.jsonl", rows)), Split("by_column", None, column="user"), PLAIN, 0)

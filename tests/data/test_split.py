@@ -94,7 +94,7 @@ def test_by_category_is_one_category_per_client_under_its_name() -> None:
     rows = rows_of(["x", "y", "z", "x"])
     assert lists(split.by_category(rows, None)) == {"x": [0, 3], "y": [1], "z": [2]}
     assert lists(split.by_category(rows, 3)) == lists(split.by_category(rows, None))
-    assert split.by_category(rows, None)[1] == 0
+    assert split.by_category(rows, None).left_out == {}
 
 
 def test_further_categories_are_dealt_round_robin() -> None:
@@ -116,9 +116,65 @@ def test_more_clients_than_categories_is_an_error_with_the_numbers() -> None:
 
 def test_rows_without_a_category_belong_to_nobody_and_are_counted() -> None:
     by_category = split.by_category(rows_of(["a", None, "b"]), None)
-    assert lists(by_category) == {"a": [0], "b": [2]} and by_category[1] == 1
+    assert lists(by_category) == {"a": [0], "b": [2]} and by_category.left_out == {"no category": 1}
     by_column = split.by_column(rows_of([None] * 3, user=["u", None, " "]), "user", None)
-    assert lists(by_column) == {"u": [0]} and by_column[1] == 2
+    assert lists(by_column) == {"u": [0]} and by_column.left_out == {"no user": 2}
+
+
+@given(st.lists(st.sampled_from("abcde"), min_size=12, max_size=80), st.integers(1, 4), st.integers(1, 3), SEEDS)
+def test_shards_are_equal_runs_of_sorted_rows(keys: list[str], clients: int, each: int, seed: int) -> None:
+    groups = split.shards(keys, clients, each, seed)
+    assert partitions(groups, len(keys)) and lists(groups) == lists(split.shards(keys, clients, each, seed))
+    small, large = len(keys) // (clients * each), -(-len(keys) // (clients * each))
+    sizes = [len(members) for members in groups.values()]
+    assert all(each * small <= size <= each * large for size in sizes)
+    # A shard is a run of the sorted rows, so all of them together change key at most this often.
+    held = sum(len({keys[row] for row in members}) for members in groups.values())
+    assert held <= len(set(keys)) + clients * each - 1
+
+
+def test_two_shards_each_give_most_clients_two_keys() -> None:
+    keys = [str(i % 10) for i in range(1000)]
+    groups = split.shards(keys, 10, 2, 3)
+    assert {len(members) for members in groups.values()} == {100}
+    assert all(1 <= len({keys[row] for row in members}) <= 2 for members in groups.values())
+    assert lists(groups) != lists(split.shards(keys, 10, 2, 4))
+    with pytest.raises(
+        UserError, match=r"600 x split.shards_per_client 2 = 1,200 shards, but there are 1,000"
+    ) as caught:
+        split.shards(keys, 600, 2, 3)
+    assert "at most 500 clients" in caught.value.hint
+
+
+def test_quantity_skew_skews_sizes_and_nothing_else() -> None:
+    even, skewed = (
+        [len(members) for members in split.quantity_skew(1000, 5, alpha, 7).values()] for alpha in (1000.0, 0.2)
+    )
+    assert max(even) < 1.3 * min(even) and max(skewed) > 5 * min(skewed) and sum(skewed) == 1000
+    groups = split.quantity_skew(1000, 5, 0.5, 7)
+    assert partitions(groups, 1000) and lists(groups) == lists(split.quantity_skew(1000, 5, 0.5, 7))
+    assert lists(groups) != lists(split.quantity_skew(1000, 5, 0.5, 7, attempt=1))
+    keys = [str(i % 2) for i in range(1000)]
+    largest = max(groups.values(), key=len)
+    assert 0.4 < sum(keys[row] == "1" for row in largest) / len(largest) < 0.6
+    with pytest.raises(UserError, match="must be above 0"):
+        split.quantity_skew(10, 2, 0.0, 7)
+
+
+def test_clients_with_too_few_rows_are_left_out_and_counted() -> None:
+    rows = rows_of([*"aaaa", *"bb", *"c", *"ddddd", None])
+    found = split.by_category(rows, None, min_rows=4)
+    assert sorted(found.groups) == ["a", "d"]
+    assert found.left_out == {"no category": 1, "of 2 categories with fewer than split.min_rows 4": 3}
+    assert lists(split.by_category(rows, 1, min_rows=4))["c00"] == [0, 1, 2, 3, 7, 8, 9, 10, 11]
+    with pytest.raises(UserError, match="none of the 4 categories has as many rows; the largest, d, has 5"):
+        split.by_category(rows, None, min_rows=6)
+    with pytest.raises(UserError, match="at most 2"):
+        split.by_category(rows, 3, min_rows=4)
+    by_user = split.by_column(rows_of([None] * 3, user=["u", "u", "v"]), "user", None, min_rows=2)
+    assert lists(by_user) == {"u": [0, 1]}
+    by_file = split.files([{**row, "file": "xy"[i > 3]} for i, row in enumerate(rows_of([None] * 5))], None, min_rows=2)
+    assert lists(by_file) == {"x": [0, 1, 2, 3]} and sum(by_file.left_out.values()) == 1
 
 
 def test_no_category_names_a_column_that_could_be_one() -> None:

@@ -104,6 +104,8 @@ class Split:
     clients: int | None = 3
     alpha: float | None = None
     column: str | None = None
+    shards_per_client: int | None = None
+    min_rows: int | None = None
 
 
 def alpaca_rows(number: int, categories: Sequence[str] = (), first: int = 0) -> list[dict[str, Any]]:

@@ -88,7 +88,17 @@ def test_every_method_has_a_line_and_composes() -> None:
         ({"local_steps": None}, "local_steps: missing"),
         ({"local_epochs": 1}, "local_epochs: 1, and local_steps 3 as well"),
         ({"split": {"kind": "dirichlet"}}, "split.alpha: missing"),
-        ({"split": {"alpha": 0.5}}, "split.alpha: 0.5 would have no effect"),
+        (
+            {"split": {"alpha": 0.5}},
+            "split.alpha: 0.5 would have no effect: kind is iid; dirichlet and quantity_skew have it",
+        ),
+        ({"split": {"kind": "quantity_skew"}}, "split.alpha: missing: quantity_skew needs it"),
+        ({"split": {"kind": "quantity_skew", "alpha": 1, "column": "user"}}, "split.column: user would have no effect"),
+        (
+            {"split": {"kind": "dirichlet", "alpha": 1, "shards_per_client": 2}},
+            "split.shards_per_client: 2 would have no",
+        ),
+        ({"split": {"kind": "shards", "min_rows": 9}}, "split.min_rows: 9 would have no effect: kind is shards"),
         ({"split": {"kind": "by_column"}}, "split.column: missing"),
         ({"split": {"column": "user"}}, "split.column: user would have no effect"),
         ({"split": {"kind": "natural"}}, "natural is what built-in tasks bring"),

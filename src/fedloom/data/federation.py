@@ -60,12 +60,17 @@ class SplitSettings(Protocol):
     def alpha(self) -> float | None: ...
     @property
     def column(self) -> str | None: ...
+    @property
+    def shards_per_client(self) -> int | None: ...  # None is 2
+    @property
+    def min_rows(self) -> int | None: ...
 
 
-SPLITS = ("iid", "dirichlet", "by_category", "by_column", "files", "natural")
+SPLITS = ("iid", "dirichlet", "shards", "quantity_skew", "by_category", "by_column", "files", "natural")
 VALIDATION_SHARE = 0.05
 TEST_SHARE = 0.1
 DEFAULT_CLIENTS = 4
+DEFAULT_SHARDS = 2
 
 
 @dataclass(frozen=True)
@@ -306,9 +311,8 @@ def _plan(
             for name, members in groups.items()
         }
 
-    groups, keyless = _groups(split, kind, train_rows, seed, divide)
-    if keyless:
-        left_out[f"no {'category' if split.column is None else split.column}"] += keyless
+    groups, homeless_rows = _groups(split, kind, train_rows, seed, divide)
+    left_out.update(homeless_rows)
     parts = divide(groups)
     if given:
         dealt, homeless = _deal_tests(split, kind, train_rows, test_rows, groups, seed)
@@ -357,38 +361,45 @@ def _contents(rows: Sequence[Row]) -> NDArray[np.int32]:
     return splitting.coded(row_key(row) for row in rows)[0]
 
 
-def _groups(split: SplitSettings, kind: str, rows: Sequence[Row], seed: int, divide: Any) -> tuple[Groups, int]:
+def _groups(split: SplitSettings, kind: str, rows: Sequence[Row], seed: int, divide: Any) -> splitting.Named:
     if kind == "iid":
-        return splitting.iid(len(rows), split.clients or DEFAULT_CLIENTS, seed), 0
+        return splitting.Named(splitting.iid(len(rows), split.clients or DEFAULT_CLIENTS, seed), {})
     if kind == "files":
-        return splitting.files(rows, split.clients), 0
+        return splitting.files(rows, split.clients, split.min_rows)
     if kind == "by_category":
-        return splitting.by_category(rows, split.clients, split.column)
+        return splitting.by_category(rows, split.clients, split.column, split.min_rows)
     if kind == "by_column":
         if split.column is None:
             raise UserError(
                 "split.kind by_column needs split.column", hint="split.column=NAME of a column", code="split.column"
             )
-        return splitting.by_column(rows, split.column, split.clients)
-    keys = splitting.keys_of(rows, split.column, "dirichlet")
-    there = keys.known
-    known = keys[there]
+        return splitting.by_column(rows, split.column, split.clients, split.min_rows)
     number = split.clients or DEFAULT_CLIENTS
+    keys = splitting.keys_of(rows, split.column, kind) if kind != "quantity_skew" else None
+    there = keys.known if keys is not None else np.arange(len(rows))
+    without = len(rows) - len(there)
+    left_out = {f"no {split.column or 'category'}": without} if without else {}
+    if kind == "shards":
+        assert keys is not None
+        dealt = splitting.shards(keys[there], number, split.shards_per_client or DEFAULT_SHARDS, seed)
+        return splitting.Named({name: there[places] for name, places in dealt.items()}, left_out)
     if split.alpha is None:
-        raise UserError("split.kind dirichlet needs split.alpha", hint="split.alpha=0.5", code="split.alpha")
-    alpha = split.alpha
-    without = 0
+        raise UserError(f"split.kind {kind} needs split.alpha", hint="split.alpha=0.5", code="split.alpha")
+    idle = 0
     for attempt in range(splitting.DIRICHLET_TRIES):
-        dealt = splitting.dirichlet(known, number, alpha, seed, attempt)
+        if keys is None:
+            dealt = splitting.quantity_skew(len(rows), number, split.alpha, seed, attempt)
+        else:
+            dealt = splitting.dirichlet(keys[there], number, split.alpha, seed, attempt)
         groups = {name: there[places] for name, places in dealt.items()}
-        without = sum(not len(parts.train) for parts in divide(groups).values())
-        if not without:
-            return groups, len(rows) - len(there)
+        idle = sum(not len(parts.train) for parts in divide(groups).values())
+        if not idle:
+            return splitting.Named(groups, left_out)
     raise UserError(
-        f"split.kind dirichlet: with alpha {alpha:g}, {number:,} clients and {len(known):,} rows, "
-        f"{splitting.DIRICHLET_TRIES} draws each left a client without training rows (the last one {without:,})",
+        f"split.kind {kind}: with alpha {split.alpha:g}, {number:,} clients and {len(there):,} rows, "
+        f"{splitting.DIRICHLET_TRIES} draws each left a client without training rows (the last one {idle:,})",
         hint="a larger split.alpha or fewer split.clients",
-        code="split.dirichlet",
+        code=f"split.{kind}",
     )
 
 

@@ -20,7 +20,7 @@ from fedloom.seeds import seed_of
 Numbers = NDArray[np.int64]  # row numbers, ascending
 Groups = dict[str, Numbers]  # client id -> its rows
 
-DIRICHLET_TRIES = 200
+DIRICHLET_TRIES = 200  # draws of a skewed split until every client has training rows
 
 
 class Parts(NamedTuple):
@@ -130,6 +130,44 @@ def dirichlet(keys: Keys | Sequence[str], clients: int, alpha: float, seed: int,
     return {name: _together(parts) for name, parts in dealt.items()}
 
 
+def shards(keys: Keys | Sequence[str], clients: int, per_client: int, seed: int) -> Groups:
+    """Rows are sorted by key and cut into equal shards, and each client gets `per_client` of them at random (McMahan
+    et al. 2017): with 2 shards most clients have two keys. Sizes of shards differ by at most one row.
+
+    Raises:
+        UserError: more shards than rows.
+    """
+    _at_least_one(clients)
+    if per_client < 1:
+        raise UserError(f"split.shards_per_client {per_client}: must be at least 1", code="split.shards_per_client")
+    number = clients * per_client
+    if number > len(keys):
+        raise UserError(
+            f"split.clients {clients:,} x split.shards_per_client {per_client:,} = {number:,} shards, but there are "
+            f"{len(keys):,} rows",
+            hint=f"at most {len(keys) // per_client:,} clients, or fewer shards each",
+            code="split.shards_per_client",
+        )
+    rng = _rng(seed, "split")
+    order = np.concatenate([rng.permutation(members) for _, members in sorted(_keys(keys).members().items())])
+    cut = np.array_split(order, number)
+    drawn = rng.permutation(number).reshape(clients, per_client)
+    return {
+        name: _together([cut[shard] for shard in own]) for name, own in zip(client_ids(clients), drawn, strict=True)
+    }
+
+
+def quantity_skew(num_rows: int, clients: int, alpha: float, seed: int, attempt: int = 0) -> Groups:
+    """Rows are dealt at random, in sizes drawn from Dirichlet(alpha): small alpha, few clients hold most of them.
+
+    `attempt` gives another draw of the same seed; a client may be left with nothing, which the caller redraws.
+
+    Raises:
+        UserError: more clients than rows, or alpha not above 0.
+    """
+    return dirichlet(Keys(np.zeros(num_rows, dtype=np.int32), ["row"]), clients, alpha, seed, attempt)
+
+
 def by_key(keys: Keys | Sequence[str], clients: int | None, what: str) -> Groups:
     """One client per key, named like it. With fewer clients than keys, keys are dealt round robin, the largest first,
     and a client that holds one key alone keeps its name.
@@ -158,31 +196,39 @@ def by_key(keys: Keys | Sequence[str], clients: int | None, what: str) -> Groups
     return groups
 
 
-def by_category(rows: Sequence[Row], clients: int | None, column: str | None = None) -> tuple[Groups, int]:
-    """One category per client; returns the groups and how many rows have no category (they belong to nobody).
+class Named(NamedTuple):
+    """Clients made of the data's own keys, and the rows that belong to nobody, by reason."""
 
-    `column` takes the place of the rows' own category.
+    groups: Groups
+    left_out: dict[str, int]
+
+
+def by_category(
+    rows: Sequence[Row], clients: int | None, column: str | None = None, min_rows: int | None = None
+) -> Named:
+    """One category per client. `column` takes the place of the rows' own category.
 
     Raises:
-        UserError: no categories, or more clients than categories.
+        UserError: no categories, more clients than categories, or none with as many as `min_rows`.
     """
-    return _by_named(rows, column, clients, "by_category")
+    what = "categories" if column is None else f"values of column {column!r}"
+    return _named(keys_of(rows, column, "by_category"), clients, min_rows, what, column or "category")
 
 
-def by_column(rows: Sequence[Row], column: str, clients: int | None) -> tuple[Groups, int]:
+def by_column(rows: Sequence[Row], column: str, clients: int | None, min_rows: int | None = None) -> Named:
     """One client per value of a column (user, speaker, hospital): natural clients.
 
     Raises:
-        UserError: no such column, or more clients than values.
+        UserError: no such column, more clients than values, or none with as many as `min_rows`.
     """
-    return _by_named(rows, column, clients, "by_column")
+    return _named(keys_of(rows, column, "by_column"), clients, min_rows, f"values of column {column!r}", column)
 
 
-def files(rows: Sequence[Row], clients: int | None) -> Groups:
+def files(rows: Sequence[Row], clients: int | None, min_rows: int | None = None) -> Named:
     """One client per file of the folder.
 
     Raises:
-        UserError: the data is one file, or more clients than files.
+        UserError: the data is one file, more clients than files, or none with as many as `min_rows`.
     """
     if not rows or "file" not in rows[0]:
         raise UserError(
@@ -190,7 +236,7 @@ def files(rows: Sequence[Row], clients: int | None) -> Groups:
             hint="data.path=FOLDER, or split.kind=iid, by_category or by_column",
             code="split.files",
         )
-    return by_key([row["file"] for row in rows], clients, "files")
+    return _named(keys_from(row["file"] for row in rows), clients, min_rows, "files", "file")
 
 
 def keys_of(rows: Sequence[Row], column: str | None, kind: str) -> Keys:
@@ -232,12 +278,29 @@ def _looks_like_key(rows: Sequence[Row], column: str) -> bool:
     return len(plain) == len(values) and 1 < len(set(plain)) <= max(2, len(values) // 4)
 
 
-def _by_named(rows: Sequence[Row], column: str | None, clients: int | None, kind: str) -> tuple[Groups, int]:
-    keys = keys_of(rows, column, kind)
+def _named(keys: Keys, clients: int | None, min_rows: int | None, what: str, missing: str) -> Named:
+    left_out = {}
+    without = len(keys) - len(keys.known)
+    if without:
+        left_out[f"no {missing}"] = without
+    if min_rows is not None:
+        sizes = {name: len(members) for name, members in keys.members().items()}
+        small = {name for name, size in sizes.items() if size < min_rows}
+        if len(small) == len(sizes):
+            most = max(sizes, key=lambda name: sizes[name])
+            raise UserError(
+                f"split.min_rows {min_rows:,}: none of the {len(sizes):,} {what} has as many rows; the largest, "
+                f"{most}, has {sizes[most]:,}",
+                hint=f"split.min_rows={sizes[most]} at most",
+                code="split.min_rows",
+            )
+        if small:
+            gone = np.isin(keys.codes, [code for code, name in enumerate(keys.names) if name in small])
+            left_out[f"of {len(small):,} {what} with fewer than split.min_rows {min_rows:,}"] = int(gone.sum())
+            keys = Keys(np.where(gone, np.int32(-1), keys.codes), keys.names)
     there = keys.known
-    what = "categories" if column is None else f"values of column {column!r}"
     held = by_key(keys[there], clients, what)
-    return {name: there[places] for name, places in held.items()}, len(rows) - len(there)
+    return Named({name: there[places] for name, places in held.items()}, left_out)
 
 
 def _keys(keys: Keys | Sequence[str]) -> Keys:

@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 Arm = Literal["base", "local", "federated", "global"]
+SplitKind = Literal["iid", "dirichlet", "shards", "quantity_skew", "by_category", "by_column", "files", "natural"]
 ClientOptim = Literal["adamw", "adam", "sgd", "momentum", "yogi", "adagrad"]
 ServerOptim = Literal["momentum", "adam", "yogi", "adagrad"]
 TrackerName = Literal["trackio", "tensorboard", "mlflow", "wandb"]
@@ -112,7 +113,8 @@ SERVER_OPTIM_DEFAULTS: Mapping[str, Mapping[str, float]] = {
 COLUMN_NAMES = (
     "instruction", "input", "output", "category", "messages", "prompt", "completion", "text", "chosen", "rejected",
 )  # fmt: skip
-DEFAULT_CLIENTS = 4  # of a split that cannot tell by itself (iid, dirichlet)
+DEFAULT_CLIENTS = 4  # of a split that cannot tell by itself (iid, dirichlet, shards, quantity_skew)
+DEFAULT_SHARDS = 2
 DEFAULT_VAL_SHARE = 0.05
 DEFAULT_TEST_SHARE = 0.1
 
@@ -178,22 +180,34 @@ class DataRecipe(_Block):
 class SplitRecipe(_Block):
     """Who holds which rows."""
 
-    kind: Literal["iid", "dirichlet", "by_category", "by_column", "files", "natural"] = Field(
+    kind: SplitKind = Field(
         "iid",
-        description="`iid` deals rows at random; `dirichlet` skews categories by alpha; `by_category` gives each "
-        "client its categories; `by_column` makes one client per value of a column; `files` one per file of a folder; "
-        "`natural` is what a built-in task brings (its default).",
+        description="`iid` deals rows at random; `dirichlet` skews categories by alpha; `shards` sorts by category, "
+        "cuts equal shards and deals them; `quantity_skew` skews sizes by alpha; `by_category` gives each client its "
+        "categories; `by_column` makes one client per value of a column; `files` one per file of a folder; `natural` "
+        "is what a built-in task brings (its default).",
     )
     clients: Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description=f"Number of clients. Default {DEFAULT_CLIENTS} for iid and dirichlet, else what the data has; "
-        "fewer than categories, values or files, and those are dealt round robin; a built-in task loses its last ones.",
+        description=f"Number of clients. Default {DEFAULT_CLIENTS} for iid, dirichlet, shards and quantity_skew, else "
+        "what the data has; fewer than categories, values or files, and those are dealt round robin; a built-in task "
+        "loses its last ones.",
     )
     alpha: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Concentration of dirichlet: 0.1 is very skewed, 100 nearly iid. Only for dirichlet."
+        None,
+        description="Concentration: 0.1 is very skewed, 100 nearly even. Only for dirichlet and quantity_skew, which "
+        "need it.",
     )
     column: str | None = Field(
-        None, description="The column that by_column splits by, and dirichlet in place of category."
+        None, description="The column that by_column splits by, and dirichlet and shards in place of category."
+    )
+    shards_per_client: Annotated[int, Field(ge=1)] | None = Field(
+        None, description=f"Shards each client gets. Default {DEFAULT_SHARDS}. Only for shards."
+    )
+    min_rows: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Categories, values or files with fewer rows are left out, and counted. Only for by_category, "
+        "by_column and files.",
     )
 
 
@@ -466,8 +480,10 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
             settle(data, {"test_set_size": DEFAULT_TEST_SHARE})
         if evaluate.get("score") != "none":
             settle(evaluate, {"max_new_tokens": 256})
-    if split.get("kind", "iid") in ("iid", "dirichlet"):
+    if split.get("kind", "iid") in ("iid", "dirichlet", "shards", "quantity_skew"):
         settle(split, {"clients": DEFAULT_CLIENTS})
+    if split.get("kind") == "shards":
+        settle(split, {"shards_per_client": DEFAULT_SHARDS})
     if data.get("val_set_size") != 0:
         settle(evaluate, {"best_by": "loss"})
     if runtime.get("kind", "batched") == "batched":
@@ -533,27 +549,37 @@ def _data_objections(recipe: Recipe) -> Iterator[Objection]:
         )
 
 
+_SPLIT_SETTINGS: Mapping[str, tuple[str, ...]] = {  # which kinds of split have them
+    "alpha": ("dirichlet", "quantity_skew"),
+    "column": ("by_column", "dirichlet", "shards"),
+    "shards_per_client": ("shards",),
+    "min_rows": ("by_category", "by_column", "files"),
+}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
 def _split_objections(recipe: Recipe) -> Iterator[Objection]:
     split = recipe.split
     if split.kind == "natural" and recipe.data.path and not _is_builtin(recipe.data.path):
         yield Objection(
             ("split.kind", "data.path"),
-            "natural is what built-in tasks bring; your own data takes iid, dirichlet, by_category, by_column or files",
+            "natural is what built-in tasks bring; your own data takes iid, dirichlet, shards, quantity_skew, "
+            "by_category, by_column or files",
         )
-    if split.kind == "dirichlet" and split.alpha is None:
-        yield Objection(("split.alpha", "split.kind"), "missing: dirichlet needs it, for example alpha: 0.5")
-    if split.kind != "dirichlet" and split.alpha is not None:
-        yield Objection(
-            ("split.alpha", "split.kind"),
-            f"{split.alpha} would have no effect: only dirichlet has it, kind is {split.kind}",
-        )
+    if split.kind in ("dirichlet", "quantity_skew") and split.alpha is None:
+        yield Objection(("split.alpha", "split.kind"), f"missing: {split.kind} needs it, for example alpha: 0.5")
     if split.kind == "by_column" and split.column is None:
         yield Objection(("split.column", "split.kind"), "missing: by_column needs the column to split by")
-    if split.kind not in ("by_column", "dirichlet") and split.column is not None:
-        yield Objection(
-            ("split.column", "split.kind"),
-            f"{split.column} would have no effect: kind is {split.kind}; by_column splits by it",
-        )
+    for key, kinds in _SPLIT_SETTINGS.items():
+        value = getattr(split, key)
+        if value is not None and split.kind not in kinds:
+            having = f"{_listed(kinds)} {'has' if len(kinds) == 1 else 'have'} it"
+            yield Objection(
+                (f"split.{key}", "split.kind"), f"{value} would have no effect: kind is {split.kind}; {having}"
+            )
     per_round = recipe.clients_per_round
     if isinstance(per_round, int) and split.clients is not None and per_round > split.clients:
         yield Objection(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedloom.adapters import Lora, lora
 from fedloom.aggregates import mean
-from fedloom.clients import local_only, sgd_client
+from fedloom.clients import alternate, local_only, sgd_client, split_personal
 from fedloom.optimizers import adagrad, adam, adamw, decay, sgd, yogi
 from fedloom.servers import replace
 from fedloom.types import Algorithm, Client, ClientUpdate, Tree
@@ -84,6 +84,10 @@ CLIENT_UPDATES: dict[str, Callable[[], ClientUpdate]] = {
     "fedprox": lambda: sgd_client(sgd(0.1, momentum=0.9), prox_mu=0.5),
     "only_b": lambda: sgd_client(sgd(0.1), trainable=lambda name: "lora_B" in name),
     "local_only": lambda: local_only(sgd_client(adamw(1e-2))),
+    "fedsa_lora": lambda: split_personal(sgd_client(adamw(1e-2)), lambda name: "lora_A" in name),
+    "rolora": lambda: alternate(
+        *(sgd_client(sgd(0.5), trainable=lambda name, factor=factor: factor in name) for factor in ("lora_B", "lora_A"))
+    ),
 }
 
 

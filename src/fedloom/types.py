@@ -62,6 +62,9 @@ class Adapter(Protocol):
     def narrow(self, tree: Tree, client: Client) -> Tree:
         """A client's own part of `tree`: its rank, zero padded, with its scale as a leaf under `FIXED`."""
 
+    def widen(self, delta: Tree, client: Client) -> Tree:
+        """What the client sends of its change: at its own rank, in the scale that all clients share."""
+
     def loss(self, tree_C: Tree, batch_CBT: Batch) -> Tensor:
         """loss_C: mean negative log-likelihood (nats) over each client's answer tokens. Runs the base model once."""
 

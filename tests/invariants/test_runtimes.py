@@ -167,7 +167,8 @@ def test_mixed_ranks_in_a_cohort_equal_each_at_its_own_rank():
         small = small_lora(rank=client.rank)
 
         def cut(tree, rank=client.rank):
-            return {k: (leaf[:rank] if "lora_A" in k else leaf[:, :rank]).clone() for k, leaf in tree.items()}
+            """The client's own factors: the server's are in the scale of the full rank."""
+            return {k: leaf[:rank] if "lora_A" in k else leaf[:, :rank] * (rank / 4) for k, leaf in tree.items()}
 
         own = dataclasses.replace(state, params=cut(state.params))
         want, _ = run_round(algorithm, small, sequential(), own, [client._replace(rank=None)])

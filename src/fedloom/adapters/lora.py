@@ -21,13 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from fedloom.adapters.targets import features, find_targets
 from fedloom.errors import UserError
 from fedloom.models.causal import CausalLM
+from fedloom.ops.low_rank import MERGE_A, MERGE_B, A, B, beside, slimmed
 from fedloom.seeds import generator, seed_of
 from fedloom.types import FIXED, Batch, Client, Tree
 
 SCALE = FIXED + "lora_scale"  # a client's alpha / rank, a leaf of its tree because ranks differ inside a cohort
 SEED = "seed"  # optional leaf [C] of a batch: with it dropout is drawn, without it there is none
-A, B = "lora_A.weight", "lora_B.weight"
-MERGE_A, MERGE_B = "merge_A", "merge_B"  # factors of what was added to a frozen weight: + merge_B @ merge_A
 PEFT_PREFIX = "base_model.model."
 
 
@@ -121,19 +120,36 @@ class Lora:
         return self.alpha / (rank or self.rank)
 
     def narrow(self, tree: Tree, client: Client) -> Tree:
-        """The client's own rank by zero padding, which is exact: padded rows and columns get zero gradients."""
+        """The client's own rank r by zero padding, which is exact: padded rows and columns get zero gradients.
+
+        The client's own scale is alpha / r, and B is scaled so that scale * B A stays what it is with everyone's.
+        """
         first = next(iter(tree.values()))
         scale = torch.tensor(self.scale_of(client.rank), dtype=first.dtype, device=first.device)
         if client.rank is None or client.rank == self.rank:
             return {**tree, SCALE: scale}
         if not 1 <= client.rank <= self.rank:
             raise UserError(f"client {client.id!r} has rank {client.rank}; the adapter's is {self.rank}")
+        factor = self.scale_of() / self.scale_of(client.rank)
         own: dict[str, Tensor] = {}
         for name, leaf in tree.items():
-            cut = leaf.clone()
-            (cut[client.rank :] if name.endswith(A) else cut[:, client.rank :]).zero_()
-            own[name] = cut
+            if name.endswith(A):
+                own[name] = leaf.clone()
+                own[name][client.rank :].zero_()
+            else:
+                own[name] = leaf * factor
+                own[name][:, client.rank :].zero_()
         return {**own, SCALE: scale}
+
+    def widen(self, delta: Tree, client: Client) -> Tree:
+        """The first r rows of A's change and columns of B's, in the scale of the full rank: `narrow` undone."""
+        if client.rank is None or client.rank == self.rank:
+            return delta
+        factor = self.scale_of(client.rank) / self.scale_of()
+        return {
+            name: leaf[: client.rank] if name.endswith(A) else leaf[:, : client.rank] * factor
+            for name, leaf in delta.items()
+        }
 
     def loss(self, tree_C: Tree, batch_CBT: Batch) -> Tensor:
         """loss_C: mean over each client's answer tokens, in nats. A client without any has loss 0."""
@@ -182,12 +198,8 @@ class Lora:
         self._base = base
 
     def accumulate(self, base: Tree, merge: Tree) -> dict[str, Tensor]:
-        """Factors side by side: [S, D] grows in its rows, [O, S] in its columns."""
-        merged = dict(base)
-        for name, factor in merge.items():
-            dim = 0 if name.endswith(MERGE_A) else 1
-            merged[name] = torch.cat([base[name], factor], dim) if name in base else factor
-        return merged
+        """Factors side by side, multiplied out where they have become wider than the weight."""
+        return slimmed(beside(base, merge))
 
     def export(self, tree: Tree, path: Path) -> None:
         """A PEFT adapter folder; what was merged into the base is stacked into the factors, so the logits are equal.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedloom.errors import RunError
+from fedloom.ops.low_rank import pad_like
 from fedloom.tree import add, scale
 from fedloom.types import Aggregate, Proposal, Tree, Upload
 
@@ -11,11 +12,12 @@ def mean() -> Aggregate:
     """Weighted mean (McMahan et al. 2017, Algorithm 1), computed on deltas from the broadcast parameters.
 
     For LoRA this averages A and B each by itself; the mean of A and of B is not the mean of BA.
-    Parameters that no client sends (frozen ones) stay as they are.
+    Parameters that no client sends (frozen ones) stay as they are, and so do rows that a client of lower rank has not.
     """
 
     def lift(params: Tree, delta: Tree, weight: float) -> Upload:
-        return Upload(scale(delta, weight), weight)
+        whole = {name: pad_like(leaf, params[name]) if name in params else leaf for name, leaf in delta.items()}
+        return Upload(scale(whole, weight), weight)
 
     def finish(params: Tree, total: Upload) -> Proposal:
         if not total.tree:

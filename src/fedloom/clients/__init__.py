@@ -1,6 +1,8 @@
 """One file per local algorithm; each works on a whole cohort at once."""
 
+from fedloom.clients.alternate import alternate
 from fedloom.clients.local_only import local_only
 from fedloom.clients.sgd import sgd_client
+from fedloom.clients.split_personal import split_personal
 
-__all__ = ["local_only", "sgd_client"]
+__all__ = ["alternate", "local_only", "sgd_client", "split_personal"]

@@ -94,10 +94,11 @@ def batched(clients_per_batch: int) -> Runtime:
 
 def client_model(algorithm: Algorithm, adapter: Adapter, state: State, client: Client) -> Tree:
     """What the client itself would use: a personalised method's own parameters, else the broadcast."""
+    broadcast = adapter.narrow(state.params, client)
     own = state.personal.get(client.id)
     if own is None:
-        own = algorithm.client.personal(state.params)
-    return adapter.narrow(algorithm.client.model(state.params, own), client)
+        own = algorithm.client.personal(broadcast)
+    return algorithm.client.model(broadcast, own)
 
 
 def blocks(cohort: Sequence[Client], width: int) -> list[list[Client]]:
@@ -122,9 +123,10 @@ def train_block(
         raise RunError(f"no training batches for {', '.join(empty)}", code="client.no_batches")
     update = algorithm.client
     device = next(iter(state.params.values())).device
-    params_C = stack(_shared([adapter.narrow(state.params, client) for client in block], block))
-    first = update.personal(state.params)
-    personal_C = stack([state.personal.get(client.id, first) for client in block])
+    broadcasts = _shared([adapter.narrow(state.params, client) for client in block], block)
+    params_C = stack(broadcasts)
+    first = {id(broadcast): update.personal(broadcast) for broadcast in broadcasts}
+    personal_C = stack([state.personal.get(c.id, first[id(b)]) for c, b in zip(block, broadcasts, strict=True)])
     work = update.init(params_C, personal_C, sites)
     record = Record(len(block), device)
     for index in range(len(block[0].batches)):
@@ -138,8 +140,12 @@ def train_block(
     delta_C, own_C = update.finish(params_C, work)
     seconds = time.perf_counter() - start
     return [
-        (client_of(delta_C, i), {name: leaf.clone() for name, leaf in client_of(own_C, i).items()}, metrics)
-        for i, metrics in enumerate(record.metrics(seconds))
+        (
+            adapter.widen(client_of(delta_C, i), client),
+            {name: leaf.clone() for name, leaf in client_of(own_C, i).items()},
+            metrics,
+        )
+        for i, (client, metrics) in enumerate(zip(block, record.metrics(seconds), strict=True))
     ]
 
 

@@ -1,0 +1,52 @@
+"""What several rules share: summands that are stacked factors, and objections to compositions."""
+
+from __future__ import annotations
+
+from fedloom.errors import RunError
+from fedloom.ops.low_rank import A, B, beside, layers_of, own_factors, stacked
+from fedloom.types import Algorithm, Check, Tree, Upload
+
+
+def stack_lift(params: Tree, delta: Tree, weight: float) -> Upload:
+    """A client's factors, B times its weight, at its own rank.
+
+    Raises:
+        RunError: the client sent no LoRA factors.
+    """
+    layers = layers_of(params)
+    if not any(f"{layer}.{factor}" in delta for layer in layers for factor in (A, B)):
+        raise RunError("the clients' uploads hold no LoRA factors", code="aggregate.no_lora")
+    parts = {layer: own_factors(params, delta, layer) for layer in layers}
+    return Upload(stacked({layer: (a_SD, b_OS * weight) for layer, (a_SD, b_OS) in parts.items()}), weight)
+
+
+def stack_add(a: Upload, b: Upload) -> Upload:
+    """Factors side by side stand for the sum of products; they grow with the cohort, as the method does."""
+    metrics = {key: a.metrics.get(key, 0.0) + b.metrics.get(key, 0.0) for key in {**a.metrics, **b.metrics}}
+    return Upload(beside(a.tree, b.tree), a.weight + b.weight, metrics)
+
+
+def needs_replace(name: str) -> Check:
+    """The proposal is not a step from the parameters, so an optimiser at the server has nothing to step along."""
+
+    def check(algorithm: Algorithm) -> list[str]:
+        if algorithm.server.replaces:
+            return []
+        return [f"{name} proposes new factors, so the server must take them as they are: use server.kind: replace"]
+
+    return check
+
+
+def no_protect(name: str) -> Check:
+    """Stacked factors cannot be masked or noised as a sum."""
+
+    def check(algorithm: Algorithm) -> list[str]:
+        if not algorithm.protect:
+            return []
+        return [f"{name} stacks every client's own factors, but protect reveals only a sum: use aggregate.kind: mean"]
+
+    return check
+
+
+def both(*checks: Check) -> Check:
+    return lambda algorithm: [reason for check in checks for reason in check(algorithm)]

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedloom.adapters import Lora, lora
-    from fedloom.aggregates import mean
-    from fedloom.clients import local_only, sgd_client
+    from fedloom.aggregates import fedex_lora, flex_lora, flora, het_lora, mean
+    from fedloom.clients import alternate, local_only, sgd_client, split_personal
     from fedloom.data import Federation, population, prepare
     from fedloom.errors import FedloomError, RunError, UserError
     from fedloom.models.load import Base, load_base
     from fedloom.optimizers import adagrad, adam, adamw, decay, sgd, yogi
     from fedloom.rounds import Sampling, federate, initial_state, run_round
-    from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dropout
+    from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dropout, with_ranks
     from fedloom.seeds import seed_of
     from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, optimize, replace
     from fedloom.study.recipe import DataRecipe, Recipe, SplitRecipe, load_recipe
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "fedloom.adapters": ("Lora", "lora"),
-    "fedloom.aggregates": ("mean",),
-    "fedloom.clients": ("local_only", "sgd_client"),
+    "fedloom.aggregates": ("fedex_lora", "flex_lora", "flora", "het_lora", "mean"),
+    "fedloom.clients": ("alternate", "local_only", "sgd_client", "split_personal"),
     "fedloom.data": ("Federation", "population", "prepare"),
     "fedloom.errors": ("FedloomError", "RunError", "UserError"),
     "fedloom.models.load": ("Base", "load_base"),
     "fedloom.optimizers": ("adagrad", "adam", "adamw", "decay", "sgd", "yogi"),
     "fedloom.rounds": ("Sampling", "federate", "initial_state", "run_round"),
-    "fedloom.runtimes": ("ClientSite", "batched", "loopback", "sequential", "with_dropout"),
+    "fedloom.runtimes": ("ClientSite", "batched", "loopback", "sequential", "with_dropout", "with_ranks"),
     "fedloom.seeds": ("seed_of",),
     "fedloom.servers": ("fed_adagrad", "fed_adam", "fed_avgm", "fed_yogi", "optimize", "replace"),
     "fedloom.study.recipe": ("DataRecipe", "Recipe", "SplitRecipe", "load_recipe"),
@@ -89,6 +89,7 @@ __all__ = [
     "adagrad",
     "adam",
     "adamw",
+    "alternate",
     "batched",
     "decay",
     "fed_adagrad",
@@ -96,6 +97,10 @@ __all__ = [
     "fed_avgm",
     "fed_yogi",
     "federate",
+    "fedex_lora",
+    "flex_lora",
+    "flora",
+    "het_lora",
     "initial_state",
     "load_base",
     "load_recipe",
@@ -113,7 +118,9 @@ __all__ = [
     "sequential",
     "sgd",
     "sgd_client",
+    "split_personal",
     "with_dropout",
+    "with_ranks",
     "yogi",
 ]
 

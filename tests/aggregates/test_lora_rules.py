@@ -170,7 +170,7 @@ def test_flex_lora_with_one_client_of_low_rank_leaves_the_other_directions_alive
     moved = after(flex_lora(), adapter, state, cohort)
     for name, leaf in moved.params.items():
         if name.endswith(A):
-            assert float(leaf.abs().amax(1).min()) > 0, name
+            assert float(leaf.abs().amax(1).min()) > 1e-3, name
     assert biggest(effective(adapter, moved), came_to(adapter, state, cohort)[0]) < 1e-9
 
 

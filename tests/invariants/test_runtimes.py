@@ -13,7 +13,7 @@ from fedloom.clients import sgd_client
 from fedloom.errors import RunError
 from fedloom.optimizers import adamw
 from fedloom.rounds import Sampling, federate, initial_state, run_round
-from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dropout
+from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dropout, with_ranks
 from fedloom.servers import fed_adam, fed_avgm
 from fedloom.types import Algorithm, Client, Evaluation, Runtime, State
 
@@ -265,3 +265,26 @@ def test_a_run_that_goes_on_from_a_saved_state_is_the_uninterrupted_one_bit_for_
     again = list(federate(algorithm, other, batched(2), states[2], Everyone(clients()), rounds=4, sampling=Sampling(3)))
     assert [s.round for s, _ in again] == [3, 4]
     assert gap(again[-1][0].params, states[-1].params) == 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "fedsa_lora", "rolora"])
+def test_ranks_of_clients_are_the_same_in_every_runtime(name):
+    ranks = {"c0": 1, "c1": 4, "c2": 2, "c3": 3, "c4": 1}
+    algorithm = fedavg(CLIENT_UPDATES[name]())
+    want, want_eval = two_rounds(algorithm, with_ranks(sequential(), ranks.get), clients())
+    got, got_eval = two_rounds(algorithm, with_ranks(batched(3), ranks.get), clients())
+    evaluation = loss_evaluation({c.id: c for c in clients()})
+    homes = {
+        c.id: ClientSite(
+            c.id, lambda: (algorithm, small_lora()), lambda round, c=c: c, {"loss": evaluation}, ranks[c.id]
+        )
+        for c in clients()
+    }
+    far, far_eval = two_rounds(algorithm, loopback({i: home.serve for i, home in homes.items()}), clients())
+    equal, _ = two_rounds(algorithm, sequential(), clients())
+    assert gap(want.params, got.params) < TOLERANCE
+    assert gap(want.params, far.params) < TOLERANCE
+    assert gap(want.params, equal.params) > 1e-4, "the ranks made no difference"
+    for client in want_eval:
+        for other in (got_eval, far_eval):
+            assert want_eval[client]["loss_sum"] == pytest.approx(other[client]["loss_sum"], rel=1e-9)

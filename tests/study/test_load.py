@@ -8,7 +8,7 @@ import pytest
 from fedloom.errors import UserError
 from fedloom.study.aliases import REFUSED, SAID, SAME, SAME_VALUES
 from fedloom.study.load import RecipeError, find_key, read_recipe, split_words, validate_text
-from fedloom.study.recipe import BLOCKS, Recipe
+from fedloom.study.recipe import BLOCKS, METHODS, Recipe
 
 TOP = [name for name in Recipe.model_fields if name not in BLOCKS]
 ARMS = ("base", "local", "federated", "global")
@@ -56,8 +56,7 @@ bogus: 1
         "line 7  adapter.lora_r 0: must be >= 1",
         "line 8  adapter.rounds 3: no such key in adapter: rounds belongs to the top of the recipe",
         "line 10  clients_per_round 16, but the split has 8 clients: at most 8, or split.clients >= 16",
-        "line 11  method fedpox: expected one of fedavg, fedprox, fedavgm, fedadam, fedyogi, fedadagrad; "
-        "did you mean fedprox?",
+        f"line 11  method fedpox: expected one of {', '.join(METHODS)}; did you mean fedprox?",
         "line 13  client.learning_rate -1: must be > 0",
         "line 15  bogus 1: no such key; there are " + ", ".join([*TOP, *BLOCKS]),
     ]

@@ -24,6 +24,7 @@ def alternate(*updates: ClientUpdate) -> ClientUpdate:
 
     def finish(broadcast_C: Tree, state: Any) -> tuple[Tree, Tree]:
         turn, work = state
-        return updates[turn].finish(broadcast_C, work)
+        done: tuple[Tree, Tree] = updates[turn].finish(broadcast_C, work)
+        return done
 
     return ClientUpdate(init, step, finish)

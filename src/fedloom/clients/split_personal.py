@@ -1,4 +1,4 @@
-"""Keep a part of the adapter at home: FedSA-LoRA (Guo et al. 2025), and with other names FedPer and FedRep's sharing."""
+"""Keep a part of the adapter at home: FedSA-LoRA (Guo et al. 2025); with other names, FedPer's sharing."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def svd_of_product(b_OS: Tensor, a_SD: Tensor, rank: int) -> tuple[Tensor, Tenso
     q_b, r_b = torch.linalg.qr(b_OS.double())
     q_a, r_a = torch.linalg.qr(a_SD.double().mT)
     u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-    root = s[:rank].sqrt()
+    root = torch.where(s > 1e-12 * s[:1], s, torch.zeros_like(s))[:rank].sqrt()  # what is rounding only is nothing
     b_OR, a_RD = (q_b @ u[:, :rank]) * root, root[:, None] * (vh[:rank] @ q_a.mT)
     # A singular vector's sign is the library's whim: the largest entry of each column of B is made positive.
     sign = torch.sign(b_OR.gather(0, b_OR.abs().argmax(0, keepdim=True))).masked_fill(root == 0, 1.0)

@@ -38,8 +38,9 @@ class ClientSite:
         make: Callable[[], tuple[Algorithm, Adapter]],
         open_client: Callable[[int], Client],
         evaluations: Mapping[str, Evaluation],
+        rank: int | None = None,
     ) -> None:
-        self.client = client
+        self.client, self.rank = client, rank
         self._make = make
         self._made: tuple[Algorithm, Adapter] | None = None  # the model is loaded at the first message
         self._open = open_client
@@ -75,6 +76,8 @@ class ClientSite:
         algorithm, adapter = self._parts()
         state = self._state(message)
         client = self._open(state.round)
+        if self.rank is not None:
+            client = client._replace(rank=self.rank)
         cohort = tuple(message.header["cohort"])
         site = Site(state.seed, state.round, self.client, cohort, max(1, len(client.batches)))
         adapter.sync(state.base)
@@ -91,7 +94,8 @@ class ClientSite:
         algorithm, adapter = self._parts()
         state = self._state(message)
         adapter.sync(state.base)
-        client = Client(self.client, ())
+        own = bool(algorithm.client.personal(state.params))
+        client = Client(self.client, (), rank=self.rank if own else None)
         tree = client_model(algorithm, adapter, state, client)
         (metrics,) = self._evaluations[message.header["evaluation"]].run(adapter, stack([tree]), [client])
         return wire.encode("evaluated", {}, **sides.upload_trees({}, 1.0, metrics))

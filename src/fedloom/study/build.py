@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from fedloom.adapters import Lora, lora
-from fedloom.aggregates import mean
-from fedloom.clients import local_only, sgd_client
+from fedloom.aggregates import fedex_lora, flex_lora, flora, het_lora, mean
+from fedloom.clients import alternate, local_only, sgd_client, split_personal
 from fedloom.data.batches import steps_per_epoch
 from fedloom.data.clients import Clients, population
 from fedloom.data.federation import ClientData, Federation
@@ -18,8 +19,9 @@ from fedloom.data.tokens import pad_id_of
 from fedloom.models.load import Base
 from fedloom.optimizers import Optimizer, adagrad, adam, adamw, decay, sgd, yogi
 from fedloom.rounds import Sampling
-from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dropout
+from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dropout, with_ranks
 from fedloom.runtimes import payload as sides
+from fedloom.seeds import seed_of
 from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, replace
 from fedloom.study.recipe import AdapterRecipe, ClientRecipe, Recipe, ServerRecipe
 from fedloom.types import (
@@ -38,6 +40,13 @@ from fedloom.types import (
 POOLED = "pooled"  # the one client of the global arm
 CPU_NUMBERS_PER_PASS = 640_000  # tokens x hidden size: beyond it a wider pass loses on a CPU (benchmarks/throughput)
 GPU_TOKENS_PER_PASS = 32_768
+
+# Shares of clients with an eighth, a quarter, half and all of the adapter's rank.
+RANK_MIXES: Mapping[str, tuple[float, ...]] = {
+    "heavy_tail": (0.60, 0.25, 0.10, 0.05),
+    "normal": (0.15, 0.35, 0.35, 0.15),
+    "uniform": (0.25, 0.25, 0.25, 0.25),
+}
 
 CLIENT_OPTIMIZERS: Mapping[str, Callable[[ClientRecipe], Optimizer]] = {
     "adamw": lambda r: adamw(r.learning_rate, weight_decay=r.weight_decay or 0.0, **_betas(r)),
@@ -62,7 +71,13 @@ SERVERS: Mapping[str, Callable[[ServerRecipe], ServerUpdate]] = {
     "optimize": lambda r: SERVER_OPTIMIZERS[r.server_optim or ""](r),
 }
 
-AGGREGATES: Mapping[str, Callable[[Recipe], Aggregate]] = {"mean": lambda r: mean()}
+AGGREGATES: Mapping[str, Callable[[Recipe], Aggregate]] = {
+    "mean": lambda r: mean(),
+    "flora": lambda r: flora(r.adapter.lora_alpha / r.adapter.lora_r),
+    "flex_lora": lambda r: flex_lora(),
+    "fedex_lora": lambda r: fedex_lora(r.adapter.lora_alpha / r.adapter.lora_r),
+    "het_lora": lambda r: het_lora(norm_weighted=r.aggregate.norm_weighted is not False),
+}
 
 
 def lora_of(base: Base, recipe: AdapterRecipe) -> Lora:
@@ -79,13 +94,21 @@ def lora_of(base: Base, recipe: AdapterRecipe) -> Lora:
 def sgd_of(recipe: Recipe, pieces: int = 1) -> ClientUpdate:
     """`pieces` multiplies the passes per optimiser step, for batches that are larger by as much."""
     client = recipe.client
-    return sgd_client(
-        CLIENT_OPTIMIZERS[client.optim](client),
-        schedule=schedule_of(recipe),
-        prox_mu=client.prox_mu,
-        max_grad_norm=client.max_grad_norm,
-        accumulation_steps=client.gradient_accumulation_steps * pieces,
-    )
+
+    def on(*factors: str) -> ClientUpdate:
+        return sgd_client(
+            CLIENT_OPTIMIZERS[client.optim](client),
+            schedule=schedule_of(recipe),
+            prox_mu=client.prox_mu,
+            max_grad_norm=client.max_grad_norm,
+            accumulation_steps=client.gradient_accumulation_steps * pieces,
+            **({"trainable": lambda name: any(factor in name for factor in factors)} if factors else {}),
+        )
+
+    if client.trainable == "alternate":
+        return alternate(on("lora_B"), on("lora_A"))
+    update = on() if client.trainable == "all" else on(client.trainable)
+    return update if client.shared == "all" else split_personal(update, lambda name: client.shared in name)
 
 
 def schedule_of(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -115,6 +138,9 @@ def algorithm_of(recipe: Recipe, arm: str = "federated", *, pieces: int = 1) -> 
     Raises:
         UserError: the parts do not compose; every reason is named.
     """
+    if arm in ("local", "global"):  # nothing is sent, so nothing is kept from being sent
+        plain = {"trainable": "all", "shared": "all"}
+        recipe = recipe.model_copy(update={"client": recipe.client.model_copy(update=plain)})
     client = CLIENTS[recipe.client.kind](recipe, pieces)
     if arm == "local":
         return Algorithm(local_only(client), mean(), replace())
@@ -126,6 +152,16 @@ def algorithm_of(recipe: Recipe, arm: str = "federated", *, pieces: int = 1) -> 
         SERVERS[recipe.server.kind](recipe.server),
         uniform_weight=recipe.aggregate.weighting == "uniform",
     )
+
+
+def rank_of(recipe: Recipe, client: str) -> int | None:
+    """The client's own LoRA rank, drawn from the seed and its id; None is everyone's."""
+    mix = RANK_MIXES.get(recipe.adapter.client_ranks)
+    if mix is None:
+        return None
+    ranks = [max(1, recipe.adapter.lora_r // share) for share in (8, 4, 2, 1)]
+    draw = random.Random(seed_of(recipe.seed, 0, client, "rank"))
+    return draw.choices(ranks, mix)[0]
 
 
 # ---- who takes part --------------------------------------------------------------------------------------------------
@@ -188,6 +224,7 @@ def runtime_of(
                     lambda: (algorithm_of(recipe), adapter_of(make_base(), recipe)),
                     lambda round, client=client: population_of(federation, recipe, arm).open(client, round),  # type: ignore[misc]
                     evaluations,
+                    rank_of(recipe, client),
                 ).serve
                 for client in federation.clients
             }
@@ -196,6 +233,8 @@ def runtime_of(
         runtime = sequential()
     else:
         runtime = batched(width_of(recipe, federation, base))
+    if arm == "federated" and recipe.adapter.client_ranks != "same":
+        runtime = with_ranks(runtime, lambda client: rank_of(recipe, client))
     share = recipe.runtime.client_dropout
     return with_dropout(runtime, share) if share and arm == "federated" else runtime
 

@@ -47,8 +47,23 @@ Arm = Literal["base", "local", "federated", "global"]
 SplitKind = Literal["iid", "dirichlet", "shards", "quantity_skew", "by_category", "by_column", "files", "natural"]
 ClientOptim = Literal["adamw", "adam", "sgd", "momentum", "yogi", "adagrad"]
 ServerOptim = Literal["momentum", "adam", "yogi", "adagrad"]
+RankMix = Literal["same", "heavy_tail", "normal", "uniform"]
 TrackerName = Literal["trackio", "tensorboard", "mlflow", "wandb"]
-Method = Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
+Method = Literal[
+    "fedavg",
+    "fedprox",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+    "fedadagrad",
+    "ffa_lora",
+    "rolora",
+    "fedsa_lora",
+    "flora",
+    "flex_lora",
+    "fedex_lora",
+    "het_lora",
+]
 
 # What a method's name stands for. An explicit key of a slot replaces what stands here; an explicit `kind` that
 # differs from the method's takes over its whole block.
@@ -79,6 +94,25 @@ METHODS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "aggregate": {"kind": "mean"},
         "server": {"kind": "optimize", "server_optim": "adagrad"},
     },
+    "ffa_lora": {
+        "client": {"kind": "sgd", "trainable": "lora_B"},
+        "aggregate": {"kind": "mean"},
+        "server": {"kind": "replace"},
+    },
+    "rolora": {
+        "client": {"kind": "sgd", "trainable": "alternate"},
+        "aggregate": {"kind": "mean"},
+        "server": {"kind": "replace"},
+    },
+    "fedsa_lora": {
+        "client": {"kind": "sgd", "shared": "lora_A"},
+        "aggregate": {"kind": "mean"},
+        "server": {"kind": "replace"},
+    },
+    **{
+        name: {"client": {"kind": "sgd"}, "aggregate": {"kind": name}, "server": {"kind": "replace"}}
+        for name in ("flora", "flex_lora", "fedex_lora", "het_lora")
+    },
 }
 
 METHOD_LINES: Mapping[str, str] = {
@@ -88,6 +122,13 @@ METHOD_LINES: Mapping[str, str] = {
     "fedadam": "Adam at the server (Reddi et al. 2021)",
     "fedyogi": "Yogi at the server (Reddi et al. 2021)",
     "fedadagrad": "Adagrad at the server (Reddi et al. 2021)",
+    "ffa_lora": "A stays at its first values, B is averaged: exact, half the bytes (Sun et al. 2024)",
+    "rolora": "B and A in turn, round by round: exact, half the bytes (Chen et al. 2024)",
+    "fedsa_lora": "A is averaged, B stays with its client (Guo et al. 2025)",
+    "flora": "the clients' products are stacked and merged into the base: exact, any ranks (Wang et al. 2024)",
+    "flex_lora": "the mean of the products, cut to the rank by an SVD; clients of any rank (Bai et al. 2024)",
+    "fedex_lora": "fedavg, and what averaging factors misses goes into the base: exact (Singhal et al. 2025)",
+    "het_lora": "clients of different ranks, zero padded, weighed by what they learnt (Cho et al. 2024)",
 }
 
 # The settings each optimiser has, with what they are when nothing is said. A setting that is not in an optimiser's
@@ -223,6 +264,11 @@ class AdapterRecipe(_Block):
     lora_target_modules: Annotated[list[str], Field(min_length=1)] | Literal["auto", "all-linear"] = Field(
         "auto", description="Names of linear modules, `all-linear`, or `auto`: PEFT's choice for the architecture."
     )
+    client_ranks: RankMix = Field(
+        "same",
+        description="Ranks of clients: `same` is lora_r for all; `heavy_tail` gives 60, 25, 10 and 5 % of them an "
+        "eighth, a quarter, half and all of lora_r, `normal` 15, 35, 35 and 15 %, `uniform` a quarter each.",
+    )
 
 
 class ClientRecipe(_Block):
@@ -264,12 +310,27 @@ class ClientRecipe(_Block):
     prox_mu: Annotated[float, Field(ge=0)] = Field(
         0.0, description="FedProx: adds prox_mu / 2 x squared distance from the round's start to the loss."
     )
+    trainable: Literal["all", "lora_A", "lora_B", "alternate"] = Field(
+        "all",
+        description="The factors that clients train and send: FFA-LoRA is `lora_B`, RoLoRA `alternate` (B, A in turn). "
+        "The local and global arms train all.",
+    )
+    shared: Literal["all", "lora_A", "lora_B"] = Field(
+        "all",
+        description="The factors that are sent and averaged; the others stay with the client. FedSA-LoRA: `lora_A`.",
+    )
 
 
 class AggregateRecipe(_Block):
     """What the sum of uploads means."""
 
-    kind: Literal["mean"] = Field("mean", description="The rule.")
+    kind: Literal["mean", "flora", "flex_lora", "fedex_lora", "het_lora"] = Field(
+        "mean", description="The rule; docs/papers.md says what each makes of LoRA's factors."
+    )
+    norm_weighted: bool | None = Field(
+        None,
+        description="Weigh clients by the norm of what they learnt, not by rows. Default true. Only for het_lora.",
+    )
     weighting: Literal["data", "uniform"] = Field(
         "data", description="`data` weighs a client by its number of training rows, `uniform` all the same."
     )
@@ -468,6 +529,8 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
     settle(client, row(CLIENT_OPTIM_DEFAULTS, client.get("optim", "adamw")))
     if client.get("lr_scheduler_type", "cosine") in ("linear", "cosine"):
         settle(client, {"min_lr_ratio": 0.0})
+    if filled["aggregate"].get("kind") == "het_lora":
+        settle(filled["aggregate"], {"norm_weighted": True})
     if server.get("kind") == "optimize":
         settle(server, row(SERVER_OPTIM_DEFAULTS, server.get("server_optim")))
 
@@ -627,6 +690,7 @@ def _training_objections(recipe: Recipe) -> Iterator[Objection]:
             ("client.prox_mu", "method"),
             f"{client.prox_mu} makes this FedProx, and the method says fedavg: set method: fedprox",
         )
+    yield from _factor_objections(recipe)
     settings = {
         key: getattr(server, key)
         for key in (
@@ -665,6 +729,43 @@ def _training_objections(recipe: Recipe) -> Iterator[Objection]:
             f"{recipe.runtime.clients_per_batch} would have no effect: runtime.kind is {recipe.runtime.kind}, "
             "which takes one client at a time",
         )
+
+
+def _factor_objections(recipe: Recipe) -> Iterator[Objection]:
+    """LoRA's factors: which are trained, which are sent, at which ranks."""
+    client, aggregate, mix = recipe.client, recipe.aggregate, recipe.adapter.client_ranks
+    if client.shared != "all" and client.trainable not in ("all", client.shared):
+        yield Objection(
+            ("client.shared", "client.trainable"),
+            f"{client.shared}, but client.trainable is {client.trainable}: what is sent must be trained in every round",
+        )
+    elif client.shared != "all" and client.trainable == client.shared:
+        yield Objection(
+            ("client.shared", "client.trainable"),
+            f"{client.shared} would have no effect: client.trainable is {client.trainable}, so nothing else is trained",
+        )
+    if client.shared != "all" and aggregate.kind != "mean":
+        yield Objection(
+            ("client.shared", "aggregate.kind"),
+            f"{client.shared}, but {aggregate.kind} needs both factors of every client: aggregate.kind: mean",
+        )
+    if client.trainable != "all" and aggregate.kind != "mean":
+        yield Objection(
+            ("client.trainable", "aggregate.kind"),
+            f"{client.trainable}, but {aggregate.kind} is for clients that train both factors: aggregate.kind: mean",
+        )
+    if aggregate.norm_weighted is not None and aggregate.kind != "het_lora":
+        yield Objection(
+            ("aggregate.norm_weighted", "aggregate.kind"),
+            f"{yaml_value(aggregate.norm_weighted)} would have no effect: kind is {aggregate.kind}; het_lora has it",
+        )
+    if aggregate.kind == "het_lora" and aggregate.norm_weighted and aggregate.weighting == "uniform":
+        yield Objection(
+            ("aggregate.weighting", "aggregate.norm_weighted"),
+            "uniform would have no effect: het_lora weighs by norms; norm_weighted: false leaves it to the weighting",
+        )
+    if mix != "same" and recipe.adapter.lora_r < 2:
+        yield Objection(("adapter.client_ranks", "adapter.lora_r"), f"{mix} would have no effect: lora_r is 1")
 
 
 def _tracking_objections(recipe: Recipe) -> Iterator[Objection]:

@@ -60,6 +60,7 @@ def environment() -> dict[str, Any]:
         "cores": _cores(),
         "memory": _memory(),
         **_torch(),
+        "sandbox": _sandbox(),
         "cache": os.environ.get("HF_HOME") or "default",
         "offline": _yes(os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")),
         "executable": sys.executable,
@@ -107,6 +108,13 @@ def _memory() -> str | None:
     except (ValueError, OSError, AttributeError):
         return None
     return f"{size / 2**30:.1f} GiB"
+
+
+def _sandbox() -> str:
+    """What stands between the programs that a model writes and this machine."""
+    from fedloom.evaluate.sandbox import describe_sandbox
+
+    return describe_sandbox()
 
 
 def _torch() -> dict[str, Any]:

@@ -225,7 +225,7 @@ def test_ls_lists_what_there_is(fedloom: Callable[..., Said]) -> None:
     assert all(entry["about"] and entry["time"] for entry in recipes)
     assert [entry["name"] for entry in json.loads(fedloom("ls", "methods", "--format", "json").out)] == list(METHODS)
     shelves = json.loads(fedloom("ls", "--format", "json").out)
-    assert list(shelves) == ["recipes", "methods", "data", "tasks", "runs"]
+    assert list(shelves) == ["recipes", "methods", "data", "tasks", "scores", "runs"]
     assert fedloom("ls", "runs").err == "no runs here; fedloom demo makes one\n"
     code, _, err = fedloom("ls", "method")
     assert code == 2 and "did you mean 'methods'?" in err

@@ -201,6 +201,33 @@ def test_eval_on_other_data(fedloom: Callable[..., Said], place: Path) -> None:
     assert code == 2 and "did you mean 'exact'?" in err
 
 
+def test_eval_asks_a_run_and_its_base_benchmarks(fedloom: Callable[..., Said], place: Path) -> None:
+    rows = [{"question": f"Say {word}", "choices": WORDS, "answer": word} for word in WORDS]
+    (place / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ("--tasks", "multiple_choice=choices.jsonl,exact=data.jsonl", "--limit", "5", "--batch-size", "3")
+    code, out, err = fedloom("eval", "runs/tiny", *asked)
+    kept = place / "runs" / "tiny" / "eval"
+    assert code == 0 and "runs/tiny/eval/multiple_choice_limit5.jsonl" in err and "accuracy_norm" in out
+    assert fedloom("eval", "runs/tiny", "--base", *asked).code == 0
+    heads, items = {}, {}
+    for which in (kept, kept / "base"):
+        head, *lines = map(json.loads, (which / "multiple_choice_limit5.jsonl").read_text().splitlines())
+        heads[which], items[which] = head["model"], [line["loglikelihoods"] for line in lines]
+    assert (heads[kept]["measured"], heads[kept / "base"]["measured"]) == ("tuned", "base")
+    assert heads[kept]["dtype"] == "float32" and "adapter_sha256" not in heads[kept / "base"]
+    assert items[kept] != items[kept / "base"] and len(items[kept]) == 5
+    head, *lines = map(json.loads, (kept / "exact_limit5.jsonl").read_text().splitlines())
+    assert head["summary"].keys() >= {"accuracy", "accuracy/a", "accuracy/b"} and len(lines) == 10
+    # Data and a benchmark in one call; a file that the run's own test rows are not.
+    code, out, _ = fedloom(
+        "eval", "runs/tiny", "--tasks", "data.jsonl,exact=data.jsonl", "--limit", "2", "--format", "json"
+    )
+    first, second = json.loads(out)
+    assert code == 0 and (first["data"], second["task"]) == ("data.jsonl", "exact")
+    code, _, err = fedloom("eval", "runs/tiny", "--num-fewshot", "2")
+    assert code == 2 and "--num-fewshot is for benchmarks, not for the run itself" in err
+
+
 def test_generate_answers_as_the_tuned_model_does(fedloom: Callable[..., Said], place: Path) -> None:
     code, out, _ = fedloom("generate", "runs/tiny", "Say stone 3 times", "-", "--format", "json", stdin="Say river")
     answers = json.loads(out)

@@ -1,15 +1,15 @@
-"""`eval`, `chat`, `generate`, `export`: what to do with a run that is done."""
+"""`chat`, `generate`, `export`: what to do with a run that is done."""
 
 from __future__ import annotations
 
 import enum
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedloom.cli.common import FormatOption, OutputFormat, out, print_data, relative, say, table
+from fedloom.cli.common import FormatOption, OutputFormat, out, print_data, relative, say
 from fedloom.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,52 +41,9 @@ class ExportFormat(enum.StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    app.command("eval")(evaluate)
     app.command()(chat)
     app.command()(generate)
     app.command()(export)
-
-
-def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="Data in place of the run's own test rows, by commas: files, folders, hub ids, builtin:NAME.",
-            metavar="DATA,...",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score no more rows per client.", show_default=False)] = None,
-    score: Annotated[
-        str | None, typer.Option(help="auto, none, exact, final_number or pass_at_1.", show_default=False)
-    ] = None,
-    base: Annotated[bool, typer.Option("--base", help="The untouched base in place of the tuned model.")] = False,
-    output: FormatOption = OutputFormat.text,
-) -> None:
-    """Score a run on its test rows again, or on other data."""
-    from fedloom.study.tuned import evaluate_run
-
-    found = []
-    for data in [None] if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()]:
-        done = evaluate_run(run, data=data, base_only=base, limit=limit, score=score)
-        found.append({"data": done.data, "score_name": done.score_name, "rows": done.rows, **done.outcome})
-    if output is OutputFormat.json:
-        print_data(found)
-        return
-    for one in found:
-        out(f"{one['data']}: {one['rows']:,} rows, score: {one['score_name']}")
-        rows = [["all", _share(one["score"]), _loss(one["loss"])]]
-        rows += [[client, _share(value), ""] for client, value in one["score_per_client"].items()]  # type: ignore[attr-defined]
-        out(table(rows if len(rows) > 2 else rows[:1], ("client", "score", "loss")))
-
-
-def _share(value: Any) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _loss(value: Any) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _sampling(temperature: float, top_p: float, top_k: int, seed: int) -> Sampling | None:

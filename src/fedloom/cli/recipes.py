@@ -25,7 +25,7 @@ from fedloom.errors import FedloomError, UserError, suggest
 
 __all__ = ["register", "schema_comment"]
 
-SHELVES = ("recipes", "methods", "data", "tasks", "runs")
+SHELVES = ("recipes", "methods", "data", "tasks", "scores", "runs")
 
 
 def register(app: typer.Typer) -> None:
@@ -56,11 +56,11 @@ def validate(words: Words = None, output: FormatOption = OutputFormat.text) -> N
 
 def list_names(
     shelf: Annotated[
-        str | None, typer.Argument(metavar="[recipes|methods|data|tasks|runs]", show_default=False)
+        str | None, typer.Argument(metavar="[recipes|methods|data|tasks|scores|runs]", show_default=False)
     ] = None,
     output: FormatOption = OutputFormat.text,
 ) -> None:
-    """What there is: recipes, methods, data, tasks, runs."""
+    """What there is: recipes, methods, data, tasks, scores, runs."""
     if shelf is not None and shelf not in SHELVES:
         raise UserError(f"ls {shelf}: no such list{suggest(shelf, SHELVES)}", "fedloom ls", "cli.argument")
     shown = {name: _SHELF[name]() for name in ([shelf] if shelf else SHELVES)}
@@ -79,6 +79,10 @@ def list_names(
                 [[*(str(entry[key]) for key in ("name", "time") if key in entry), entry["about"]] for entry in entries]
             )
             out("\n".join(f"  {line}" if shelf is None else line for line in lines.splitlines()))
+            if name == shelf == "tasks":
+                from fedloom.data.places import data_home
+
+                say(f"files are looked for below {data_home()} (FEDLOOM_DATA); --tasks NAME=FILE names another place")
 
 
 def _recipes() -> list[dict[str, Any]]:
@@ -119,6 +123,24 @@ _BUILTIN_TASKS = {
 
 
 def _tasks() -> list[dict[str, Any]]:
+    """Benchmarks, what they measure, and where their files are or would be."""
+    from fedloom.data.places import data_home
+    from fedloom.evaluate.tasks import TASKS, find_task
+
+    found = []
+    for name in TASKS:
+        task = find_task(name)
+        here = next((place for place in task.places if (data_home() / place).exists()), None)
+        state = "here" if here is not None else "not here" if task.places else "your own"
+        place = here or (task.places[0] if task.places else f"{name}=FILE")
+        about = f"{task.title} ({task.metric}): {place}"
+        found.append(
+            {"name": name, "time": state, "about": about, "metric": task.metric, "place": place, "source": task.source}
+        )
+    return found
+
+
+def _scores() -> list[dict[str, Any]]:
     return [
         {"name": "exact", "about": "the answer is the reference, letter by letter but for white space at the ends"},
         {"name": "final_number", "about": 'the number after the last "the answer is", else the last number (GSM8K)'},
@@ -157,7 +179,7 @@ def _figure(figures: dict[str, Any]) -> str:
     return f"loss {figures['loss']:.3f}" if figures.get("loss") is not None else "-"
 
 
-_SHELF = {"recipes": _recipes, "methods": _methods, "data": _data, "tasks": _tasks, "runs": _runs}
+_SHELF = {"recipes": _recipes, "methods": _methods, "data": _data, "tasks": _tasks, "scores": _scores, "runs": _runs}
 
 
 def schema_comment(destination: Path) -> str:

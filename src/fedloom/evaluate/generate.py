@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedloom.errors import UserError
+from fedloom.evaluate.sampling import Sampling
 from fedloom.models.load import stop_ids
 from fedloom.types import Adapter, Tree
 
@@ -26,27 +26,6 @@ __all__ = ["Sampling", "decode", "generate", "generate_one", "generate_rows"]
 logger = logging.getLogger("fedloom")
 
 Ids = Sequence[int]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; without one of these the most likely token is taken."""
-
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 0  # 0: all tokens
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        wrong = []
-        if not self.temperature > 0:
-            wrong.append(f"temperature is {self.temperature}, must be above 0 (leave it out for the most likely token)")
-        if not 0 < self.top_p <= 1:
-            wrong.append(f"top_p is {self.top_p}, must be above 0 and at most 1")
-        if self.top_k < 0:
-            wrong.append(f"top_k is {self.top_k}, must be 0 or more")
-        if wrong:
-            raise UserError("; ".join(wrong), code="generate.sampling")
 
 
 def generate(

@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedloom.data.rows import Row
 from fedloom.data.templates import answer_of
-from fedloom.data.tokens import prompt_ids
 from fedloom.errors import UserError, suggest
-from fedloom.evaluate.generate import decode, generate
-from fedloom.types import Adapter, Client, Evaluation, Metrics, Tree
+
+if TYPE_CHECKING:
+    from fedloom.types import Adapter, Client, Evaluation, Metrics, Tree
 
 __all__ = [
     "SCORES",
@@ -139,6 +139,10 @@ def score_evaluation(
     Raises:
         UserError: there is no such score.
     """
+    from fedloom.data.tokens import prompt_ids
+    from fedloom.evaluate.generate import decode, generate
+    from fedloom.types import Evaluation
+
     judge = _judge(score)
     known: dict[int, tuple[Row, list[int]]] = {}  # prompts are made once a row, however often it is scored
 

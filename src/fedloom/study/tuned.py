@@ -31,7 +31,7 @@ from fedloom.study.result import ArmResult
 from fedloom.study.session import device_name, open_session
 from fedloom.types import Adapter, Client, Tree
 
-__all__ = ["Evaluated", "Tuned", "evaluate_run", "export_lora", "export_merged", "open_tuned"]
+__all__ = ["Evaluated", "Tuned", "base_name_of", "evaluate_run", "export_lora", "export_merged", "open_tuned"]
 
 LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"  # PEFT's names, after the layer's
 
@@ -133,6 +133,20 @@ def open_tuned(run: Path, *, model: str | None = None, dtype: str | None = None)
     )
 
 
+def base_name_of(run: Path) -> str:
+    """The base of a run folder, or of a PEFT adapter folder.
+
+    Raises:
+        UserError: it does not say.
+    """
+    if (run / "recipe.yaml").is_file():
+        return read_recipe(run).recipe.model
+    name, _ = _settings(run)
+    if not name:
+        raise UserError(f"{run} does not say which model it is for", "name it: --model FOLDER", "adapter.base")
+    return name
+
+
 def adapter_folder(run: Path) -> Path:
     """Where a run's adapter lies.
 
@@ -210,7 +224,14 @@ class Evaluated:
 
 
 def evaluate_run(
-    run: Path, *, data: str | None = None, base_only: bool = False, limit: int | None = None, score: str | None = None
+    run: Path,
+    *,
+    data: str | None = None,
+    base_only: bool = False,
+    limit: int | None = None,
+    score: str | None = None,
+    batch_size: int | None = None,
+    threads: int | None = None,
 ) -> Evaluated:
     """Measure a run's model on its own test rows, or on all rows of other data.
 
@@ -219,6 +240,8 @@ def evaluate_run(
         base_only: the untouched base in place of the tuned model.
         limit: test rows that are scored, per client.
         score: another score than the recipe's.
+        batch_size: examples in one pass, other than the recipe's.
+        threads: torch's, other than the recipe's.
 
     Raises:
         UserError: no adapter, or the data cannot be read, or the score does not exist.
@@ -226,7 +249,10 @@ def evaluate_run(
     recipe = read_recipe(RunFolder.look(run).recipe).recipe
     changes: dict[str, Any] = {"limit": limit} if limit is not None else {}
     changes |= {"score": score} if score is not None else {}
+    changes |= {"eval_batch_size": batch_size} if batch_size is not None else {}
     recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=changes)})
+    if threads is not None:
+        recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"threads": threads})})
     folder = None if base_only else adapter_folder(run)
     session = open_session(recipe)
     adapter = session.adapter

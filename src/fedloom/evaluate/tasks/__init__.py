@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
+from typing import Any
 
+from fedloom.errors import UserError, suggest
 from fedloom.evaluate.tasks.base import Answer, Choose, Item, Task, TaskSettings, Write
 
-__all__ = ["FAMILIES", "TASKS", "Answer", "Choose", "Item", "Task", "TaskSettings", "Write"]
+__all__ = [
+    "FAMILIES",
+    "TASKS",
+    "Answer",
+    "Choose",
+    "Item",
+    "Task",
+    "TaskSettings",
+    "Write",
+    "find_task",
+    "is_task",
+]
 
 # name -> "module:value", a `Task`
 TASKS: Mapping[str, str] = {
@@ -23,3 +37,29 @@ TASKS: Mapping[str, str] = {
 
 # beginning of a name -> "module:function" that makes a `Task` of what follows it (or raises UserError)
 FAMILIES: Mapping[str, str] = {"lm_eval:": "fedloom.evaluate.harness:task_of"}
+
+
+def is_task(name: str) -> bool:
+    """Whether this is the name of a task. One of a family may still turn out not to be there."""
+    return name in TASKS or any(name.startswith(start) for start in FAMILIES)
+
+
+def find_task(name: str) -> Task:
+    """The task of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    for start, place in FAMILIES.items():
+        if name.startswith(start):
+            made: Task = _value(place)(name.removeprefix(start))
+            return made
+    if name not in TASKS:
+        raise UserError(f"no such task: {name!r}{suggest(name, TASKS)}", "fedloom ls tasks", "task.unknown")
+    task: Task = _value(TASKS[name])
+    return task
+
+
+def _value(place: str) -> Any:
+    module, _, value = place.partition(":")
+    return getattr(importlib.import_module(module), value)

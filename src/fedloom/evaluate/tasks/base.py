@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from fedloom.data.rows import Row
 from fedloom.errors import UserError, suggest
-from fedloom.evaluate.generate import Sampling
+from fedloom.evaluate.sampling import Sampling
 
 __all__ = ["Answer", "Choose", "Item", "ItemScore", "Request", "Task", "TaskSettings", "Write", "check_settings"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -28,10 +27,11 @@ from torch import nn
 
 from fedloom.data.rows import Row
 from fedloom.data.tokens import prompt_ids, tokenise
-from fedloom.errors import RunError, UserError, suggest
-from fedloom.evaluate.generate import Sampling, decode, generate_rows
+from fedloom.errors import RunError, UserError
+from fedloom.evaluate.generate import decode, generate_rows
 from fedloom.evaluate.loglikelihood import Continuation, Loglikelihood, loglikelihoods
-from fedloom.evaluate.tasks import FAMILIES, TASKS
+from fedloom.evaluate.sampling import Sampling
+from fedloom.evaluate.tasks import find_task
 from fedloom.evaluate.tasks.base import Answer, Choose, Item, ItemScore, Request, Task, TaskSettings, Write
 from fedloom.models.causal import CausalLM
 from fedloom.models.load import stop_ids
@@ -102,30 +102,6 @@ class TaskResult:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "file": None if self.file is None else str(self.file)}
-
-
-# ---- finding ---------------------------------------------------------------------------------------------------------
-
-
-def find_task(name: str) -> Task:
-    """The task of this name.
-
-    Raises:
-        UserError: there is none.
-    """
-    for start, place in FAMILIES.items():
-        if name.startswith(start):
-            made: Task = _value(place)(name.removeprefix(start))
-            return made
-    if name not in TASKS:
-        raise UserError(f"no such task: {name!r}{suggest(name, TASKS)}", "fedloom ls tasks", "task.unknown")
-    task: Task = _value(TASKS[name])
-    return task
-
-
-def _value(place: str) -> Any:
-    module, _, value = place.partition(":")
-    return getattr(importlib.import_module(module), value)
 
 
 # ---- answering -------------------------------------------------------------------------------------------------------

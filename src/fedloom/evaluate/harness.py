@@ -21,7 +21,7 @@ from fedloom.evaluate.tasks.base import Answer, Item, ItemScore, Task, TaskSetti
 if TYPE_CHECKING:
     from fedloom.evaluate.tasks.run import Answerer, TaskResult
 
-__all__ = ["PREFIX", "Known", "expanded", "is_known", "is_path", "known", "require", "task_of"]
+__all__ = ["PREFIX", "Known", "expanded", "is_known", "is_path", "known", "require", "task_of", "unsafe"]
 
 PREFIX = "lm_eval:"
 MEAN = "mean"  # of a group's tasks, where the group itself has no sum: of the first metric of each
@@ -42,6 +42,7 @@ class Known(NamedTuple):
     members: list[str]  # of a group or a tag
     metric: str  # the one to report first; "" where only running tells
     data: str  # its data set
+    unsafe: bool = False  # it runs what a model writes
 
 
 def require() -> None:
@@ -118,6 +119,9 @@ def task_of(name: str) -> Task:
     else:
         _check(name)
         title, one = name, known()[name]
+    for part in (name, *([] if is_path(name) else one.members)):
+        if (one if part == name else known().get(part, one)).unsafe:
+            raise unsafe(part)
     kept: list[Any] = []  # the harness's own tasks, with their data
 
     def load(source: Path | None, settings: TaskSettings) -> Sequence[Item]:
@@ -149,6 +153,14 @@ def task_of(name: str) -> Task:
         _not_by_itself,
         _not_by_itself,
         run=run,
+    )
+
+
+def unsafe(name: str) -> UserError:
+    return UserError(
+        f"{PREFIX}{name} runs programs that a model writes, and the harness does so without a sandbox",
+        "fedloom's own tasks run them in one: humaneval, mbpp",
+        "task.unsafe",
     )
 
 
@@ -189,7 +201,7 @@ def _stamp(folder: Path) -> list[int | str]:
     for place, _, files in os.walk(folder):
         newest = max(newest, os.stat(place).st_mtime_ns)
         number += sum(file.endswith(".yaml") for file in files)
-    return [str(folder), number, newest]
+    return [str(folder), number, newest, *Known._fields]
 
 
 def _keep(path: Path, value: Any) -> None:
@@ -215,7 +227,8 @@ def described(config: Mapping[str, Any], kind: str, path: str) -> Known:
     several = len(filters) > 1 and "none" not in filters
     metric = metric if isinstance(metric, str) and not metric.startswith("/") else ""  # the path of a function
     metric = f"{metric},{filters[0]}" if several else metric
-    return Known(kind, path, [], metric, str(config.get("dataset_path") or ""))
+    unsafe = str(config.get("unsafe_code", False)).lower() != "false"
+    return Known(kind, path, [], metric, str(config.get("dataset_path") or ""), unsafe)
 
 
 def named_by(config: Mapping[str, Any] | None) -> list[str]:

@@ -31,9 +31,10 @@ from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import std as bars
 
+from evaluate import config as evaluate_config
 from fedloom.data.places import data_home
 from fedloom.errors import FedloomError, RunError, UserError
-from fedloom.evaluate.harness import MEAN, PREFIX, Known, described, is_path, known, named_by
+from fedloom.evaluate.harness import MEAN, PREFIX, Known, described, is_path, known, named_by, unsafe
 from fedloom.evaluate.harness_model import HarnessModel, RecordedModel, Said
 from fedloom.evaluate.tasks.base import Item, TaskSettings, Write, check_settings
 from fedloom.evaluate.tasks.run import Answerer, ModelAnswerer, TaskResult, header_of, write_lines
@@ -73,9 +74,12 @@ class Loaded:
         check_settings(PREFIX + name, settings, "num_fewshot", "max_new_tokens", extra=("apply_chat_template",))
         path = Path(name).expanduser() if is_path(name) else None
         with _quiet(), _own_randomness(settings.seed), _explained(PREFIX + name):
-            manager = _all_tasks() if path is None else _beside(path)
-            with _data_at_hand(PREFIX + name, source, None if path is None else path.parent):
-                found = manager.load([name if path is None else str(path)])
+            manager, spec = (_all_tasks(), name) if path is None else _beside(path)
+            with contextlib.ExitStack() as stack:
+                if path is None:  # which may fetch more than data: a metric, say
+                    stack.enter_context(_offline())
+                stack.enter_context(_data_at_hand(PREFIX + name, source, None if path is None else path.parent))
+                found = manager.load([spec])
             tasks, groups = dict(found["tasks"]), dict(found.get("groups") or {})
             for one, task in tasks.items():
                 _prepare(one, task, settings)
@@ -192,13 +196,15 @@ def _all_tasks() -> Any:
         return TaskManager()
 
 
-def _beside(path: Path) -> Any:
-    """Who knows what a YAML file names: a task names nothing, a group tasks beside it or the harness's."""
+def _beside(path: Path) -> tuple[Any, str]:
+    """Who knows what a YAML file names (a task names nothing, a group tasks beside it or the harness's), and what is to
+    be loaded."""
     config = configuration(path)
     if "group" not in config:
-        return TaskManager(include_defaults=False)
+        return TaskManager(include_defaults=False), str(path)
     here = TaskManager(include_defaults=False, include_path=str(path.parent))
-    return here if set(named_by(config)) <= set(here.task_index) else TaskManager(include_path=str(path.parent))
+    alone = set(named_by(config)) <= set(here.task_index)
+    return here if alone else TaskManager(include_path=str(path.parent)), str(config["group"])
 
 
 def configuration(path: Path) -> dict[str, Any]:
@@ -216,11 +222,7 @@ def configuration(path: Path) -> dict[str, Any]:
 
 def _prepare(name: str, task: Any, settings: TaskSettings) -> None:
     if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(
-            f"{PREFIX}{name} runs programs that the model writes, and the harness does so without a sandbox",
-            "fedloom's own run in one: --tasks humaneval, mbpp",
-            "task.unsafe",
-        )
+        raise unsafe(name)
     if getattr(task, "MULTIMODAL", False):
         raise UserError(f"{PREFIX}{name} asks about pictures or sound, and this is a text model", code="task.harness")
     fixed, wanted = task.get_config("num_fewshot"), settings.num_fewshot
@@ -263,10 +265,7 @@ def _data_at_hand(name: str, source: Path | None, beside: Path | None) -> Iterat
             return original(path, name=part, **{**more, **files})
         if local.exists():
             return original(str(local), name=part, **more)
-        with contextlib.ExitStack() as offline:
-            if hub_is_offline():
-                for holder, key in _switches():
-                    offline.enter_context(_replaced(holder, key, True))
+        with _offline():
             try:
                 return original(path, name=part, **more)
             except (OSError, ValueError) as error:
@@ -292,12 +291,20 @@ def _resolved(files: Any, beside: Path | None) -> Any:
     return [_resolved(one, beside) for one in files]
 
 
-def _switches() -> list[tuple[Any, str]]:
-    return [
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Within it nobody tries a hub that is out of reach: the clients' retries take half a minute."""
+    switches = (
         (datasets.config, "HF_HUB_OFFLINE"),
         (datasets.config, "HF_DATASETS_OFFLINE"),
+        (evaluate_config, "HF_EVALUATE_OFFLINE"),
         (constants, "HF_HUB_OFFLINE"),
-    ]
+    )
+    with contextlib.ExitStack() as stack:
+        if hub_is_offline():
+            for holder, name in switches:
+                stack.enter_context(_replaced(holder, name, True))
+        yield
 
 
 # ---- the harness kept quiet, and the same each time ------------------------------------------------------------------
@@ -355,8 +362,8 @@ def _explained(name: str) -> Iterator[None]:
         raise UserError(f"{name}: a file cannot be had: {_first(error)}", code="data.missing") from error
     except ImportError as error:
         raise UserError(
-            f"{name} needs more than the harness: {_first(error)}",
-            f"pip install {error.name}" if error.name else "see the task's README in the harness",
+            f"{name} needs more than the harness has here: {_first(error)}",
+            "the task's README in the harness may say what",
             "task.harness_missing",
         ) from error
     except Exception as error:
@@ -369,7 +376,7 @@ def _explained(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(holder, name)
+    before = vars(holder)[name]  # as it stands there: a static method is no function
     setattr(holder, name, value)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Write docs/recipe.md and recipes/recipe.schema.json from the recipe's models. Run it after a key changes.
+"""Write docs/recipe.md and the schemas in recipes/ from the models of recipes and suites. Run it after a key changes.
 
 python tools/write_recipe_docs.py
 """
@@ -24,6 +24,7 @@ from fedloom.study.recipe import (
     json_schema,
     yaml_value,
 )
+from fedloom.study.suite import suite_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -145,10 +146,16 @@ def schema_text() -> str:
     return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
+def suite_schema_text() -> str:
+    """recipes/suite.schema.json."""
+    return json.dumps(suite_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
 def main() -> None:
     (ROOT / "docs").mkdir(exist_ok=True)
     (ROOT / "docs" / "recipe.md").write_text(document(), encoding="utf-8")
     (ROOT / "recipes" / "recipe.schema.json").write_text(schema_text(), encoding="utf-8")
+    (ROOT / "recipes" / "suite.schema.json").write_text(suite_schema_text(), encoding="utf-8")
 
 
 if __name__ == "__main__":

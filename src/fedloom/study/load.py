@@ -19,14 +19,19 @@ from fedloom.study.aliases import REFUSED, SAID, SAME, SAME_VALUES
 from fedloom.study.recipe import BLOCKS, Recipe, objections
 
 __all__ = [
+    "Extra",
     "Loaded",
     "Override",
     "Problem",
     "RecipeError",
     "find_key",
+    "is_suite_text",
+    "locate",
     "packaged_recipes",
     "packaged_schema",
+    "packaged_suites",
     "read_recipe",
+    "read_text",
     "split_words",
     "validate_text",
 ]
@@ -116,11 +121,22 @@ class _Given(NamedTuple):
 # The names of things
 
 _RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+_SUITES = "suites/"  # the folder of those that hold several runs
 
 
 def packaged_recipes() -> dict[str, Path]:
-    """Recipes that come with fedloom, by name."""
-    return {path.stem: path for path in sorted(_RECIPES.glob("*.yaml"))}
+    """Recipes that come with fedloom, by name; of one in a folder the name is FOLDER/NAME."""
+    return {name: path for name, path in _packaged().items() if not name.startswith(_SUITES)}
+
+
+def packaged_suites() -> dict[str, Path]:
+    """Suites that come with fedloom, by name: suites/NAME."""
+    return {name: path for name, path in _packaged().items() if name.startswith(_SUITES)}
+
+
+def _packaged() -> dict[str, Path]:
+    paths = {path.relative_to(_RECIPES).with_suffix("").as_posix(): path for path in _RECIPES.rglob("*.yaml")}
+    return {name: paths[name] for name in sorted(paths)}
 
 
 def packaged_schema() -> Path:
@@ -629,11 +645,17 @@ def _override_raw(key: str, text: str) -> _Raw:
 # The whole
 
 
-def _locate(path: str | Path) -> Path:
+def locate(path: str | Path) -> Path:
+    """The file of a recipe or a suite: a file's own name, a folder that holds one, or the name of a packaged one.
+
+    Raises:
+        UserError: there is none; the message names the nearest.
+    """
     wanted = Path(path)
-    if wanted.is_dir() and (wanted / "recipe.yaml").is_file():
-        return wanted / "recipe.yaml"
     if wanted.is_dir():
+        for name in ("recipe.yaml", "suite.yaml"):
+            if (wanted / name).is_file():
+                return wanted / name
         raise UserError(
             f"{wanted} is a folder without recipe.yaml",
             hint="name a recipe file, or a run folder",
@@ -641,17 +663,50 @@ def _locate(path: str | Path) -> Path:
         )
     if wanted.exists():
         return wanted
-    packaged = packaged_recipes()
+    packaged = _packaged()
     if str(path) in packaged:
         return packaged[str(path)]
     beside = [str(found) for found in sorted(wanted.parent.glob("*.y*ml"))] if wanted.parent.is_dir() else []
-    near = _near(wanted.name, [Path(found).name for found in beside]) or _near(wanted.stem, packaged)
+    near = _near(wanted.name, [Path(found).name for found in beside]) or _near(
+        wanted.with_suffix("").as_posix(), packaged
+    )
     message = f"{path}: no such recipe" + (f", did you mean {near}?" if near else "")
     raise UserError(
         message,
         hint="fedloom ls recipes    # what there is; fedloom init DATA --model M writes one",
         code="recipe.missing",
     )
+
+
+def read_text(path: Path) -> str:
+    """A recipe's or suite's text.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 at byte {error.start}",
+            hint=f"iconv -f latin1 -t utf-8 {path} > fixed.yaml",
+            code="recipe.encoding",
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}", code="recipe.unreadable") from error
+
+
+def is_suite_text(text: str) -> bool:
+    """Whether a file's keys are those of a suite. Text that is no YAML is no suite."""
+    from ruamel.yaml.error import YAMLError
+    from ruamel.yaml.nodes import MappingNode
+
+    try:
+        root = _compose(text)
+    except YAMLError:
+        return False
+    keys = {str(key.value) for key, _ in root.value} if isinstance(root, MappingNode) else set()
+    return "suite" in keys or {"base", "grid"} <= keys
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -665,17 +720,14 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         RecipeError: its values are wrong; `problems` has every objection.
         UserError: the file cannot be read.
     """
-    located = _locate(path)
-    try:
-        text = located.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+    located = locate(path)
+    text = read_text(located)
+    if is_suite_text(text):
         raise UserError(
-            f"{path}: not UTF-8 at byte {error.start}",
-            hint=f"iconv -f latin1 -t utf-8 {path} > fixed.yaml",
-            code="recipe.encoding",
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}", code="recipe.unreadable") from error
+            f"{path} is a suite of several runs, and this takes a recipe of one",
+            hint=f"fedloom validate, plan and run take suites: fedloom plan {path}",
+            code="recipe.suite",
+        )
     name = located.parent.name if located.name == "recipe.yaml" else located.stem
     recipe, notes = validate_text(text, overrides, source=str(path), name=name)
     for note in notes:
@@ -683,10 +735,45 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     return Loaded(recipe, notes, str(path), text)
 
 
+class Extra(NamedTuple):
+    """A key that a suite sets on top of a recipe; objections to it are told of the override `said`."""
+
+    key: str
+    raw: _Raw
+    said: str
+
+
+_KIND_IS_ALL = ("adapter", "aggregate", "server")  # blocks whose other keys mean nothing to another kind
+
+
+def _put_extra(collector: _Collector, extra: Extra) -> None:
+    """Replace what the recipe says. Another kind of adapter, aggregate or server leaves nothing of the recipe's own."""
+    homes = [extra.key] if extra.key in _ALL else _HOMES.get(extra.key) or [SAME.get(extra.key, extra.key)]
+    key = homes[0] if len(homes) == 1 else extra.key
+    block, _, leaf = key.rpartition(".")
+    null = isinstance(extra.raw, _Scalar) and not extra.raw.quoted and extra.raw.text.lower() in ("", "~", "null")
+    if null and key in _ALL and type(None) not in _options(_annotation(key)):
+        collector.given.pop(key, None)  # as if the recipe had not said it
+        return
+    if block in _KIND_IS_ALL and leaf == "kind" and isinstance(extra.raw, _Scalar):
+        before = collector.given.get(key)
+        was = before.raw if before is not None else _Scalar(str(BLOCKS[block].model_fields["kind"].default))
+        if isinstance(was, _Scalar) and was.text != extra.raw.text:
+            for other in [k for k, given in collector.given.items() if k.startswith(f"{block}.")]:
+                if collector.given[other].place.override is None:
+                    del collector.given[other]
+    collector.top(extra.key, extra.raw, _Place(override=extra.said))
+
+
 def validate_text(
-    text: str, overrides: Sequence[str] = (), *, source: str = "recipe", name: str = "run"
+    text: str,
+    overrides: Sequence[str] = (),
+    *,
+    source: str = "recipe",
+    name: str = "run",
+    extras: Sequence[Extra] = (),
 ) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe in `text`, and the notes on other spellings.
+    """The recipe in `text`, and the notes on other spellings. `extras` come after it and before the overrides.
 
     Raises:
         RecipeError: with every objection.
@@ -722,6 +809,8 @@ def validate_text(
                 collector.leaf(key, str(leaf_node.value), _raw(leaf_value), _Place(leaf_node.start_mark.line + 1))
         else:
             collector.top(key, _raw(value_node), _Place(line))
+    for extra in extras:
+        _put_extra(collector, extra)
     found, rest = split_words(overrides)
     for word in rest:
         collector.problem(word, "expected key=value or --key value", _Place(override=""), code="recipe.override")

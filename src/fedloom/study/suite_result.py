@@ -22,6 +22,7 @@ from fedloom.study.folder import json_text, read_json, write_atomic
 
 __all__ = [
     "COSTS",
+    "METRICS",
     "SUITE_FILE",
     "Cell",
     "Comparison",
@@ -44,6 +45,8 @@ Amount = Annotated[float, Field(ge=0)]
 # rounds: every arm as it ends, after the same rounds and steps. samples: every arm at the first point where each of its
 # models has seen as many samples as the arm that has seen the fewest at its end.
 Comparison = Literal["rounds", "samples"]
+Unit = Literal["share", "nats", "number"]  # a share is shown in per cent
+Better = Literal["higher", "lower"]
 
 # What a row costs, with the unit, in the order of tables. Means over the seeds; what was not measured is left out.
 COSTS: Mapping[str, tuple[str, str]] = {
@@ -59,8 +62,26 @@ COSTS: Mapping[str, tuple[str, str]] = {
     "peak_memory_bytes": ("peak memory", "bytes"),
     "flops": ("computation", "FLOP"),
     "trainable_share": ("trained share of the parameters", "share"),
-    "samples": ("samples a model has seen", "samples"),
+    "samples_per_model": ("samples a model has seen", "samples"),
     "rounds": ("rounds", "rounds"),
+}
+
+# What may be tabulated: title, unit, which way is better. `own_test.` in front is of each client on its own test rows,
+# where score and loss are means over the clients. `tasks.TASK.METRIC` is a metric of a benchmark task.
+METRICS: Mapping[str, tuple[str, Unit, Better]] = {
+    "score": ("score", "share", "higher"),
+    "loss": ("loss", "nats", "lower"),
+    "perplexity": ("perplexity", "number", "lower"),
+    "score_worst": ("worst client", "share", "higher"),
+    "score_decile": ("worst tenth", "share", "higher"),
+    "score_plain_mean": ("score, clients alike", "share", "higher"),
+    "score_weighted_mean": ("score, clients by size", "share", "higher"),
+    "score_std": ("score std over clients", "share", "lower"),
+    "loss_worst": ("worst client's loss", "nats", "lower"),
+    "loss_decile": ("worst tenth's loss", "nats", "lower"),
+    "loss_plain_mean": ("loss, clients alike", "nats", "lower"),
+    "loss_weighted_mean": ("loss, clients by size", "nats", "lower"),
+    "loss_std": ("loss std over clients", "nats", "lower"),
 }
 
 
@@ -73,8 +94,8 @@ class Metric(TypedDict):
 
     name: str
     title: str
-    unit: Literal["share", "nats", "number"]  # a share is shown in per cent
-    better: Literal["higher", "lower"]
+    unit: Unit
+    better: Better
 
 
 @with_config(extra="forbid", allow_inf_nan=False)

@@ -12,7 +12,7 @@ import pytest
 from fedloom.cli import app as application
 from fedloom.cli import main
 from fedloom.errors import RefusedByPolicy, RunError, TimeoutOrTooFewClients
-from fedloom.study.load import packaged_recipes, read_recipe
+from fedloom.study.load import packaged_recipes, packaged_suites, read_recipe
 from fedloom.study.recipe import METHODS
 
 GOOD = "model: m\ndata: {path: d.jsonl}\nlocal_steps: 4\n"
@@ -68,7 +68,7 @@ def test_help_is_quick_and_names_every_command() -> None:
     assert min(float(done.stdout.split()[-1]) for done in runs) < 0.3
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
     commands = ("run", "demo", "validate", "plan", "preview", "ls", "cp", "cat", "init", "eval", "chat", "generate",
-                "export", "report", "watch", "env", "schema")  # fmt: skip
+                "export", "report", "watch", "env", "schema", "compare")  # fmt: skip
     listed = done.stdout.partition("Commands:")[2].split("\n")
     assert sorted(line.split()[0] for line in listed if line.strip()) == sorted(commands)
     assert not any("..." in line for line in listed), "a command's line is too long for a terminal of 80 columns"
@@ -221,7 +221,8 @@ def test_a_bad_recipe_stops_a_command_before_anything_is_written(
 def test_ls_lists_what_there_is(fedloom: Callable[..., Said]) -> None:
     code, out, _ = fedloom("ls", "recipes", "--format", "json")
     recipes = json.loads(out)
-    assert code == 0 and [entry["name"] for entry in recipes] == sorted(packaged_recipes())
+    names = [entry["name"] for entry in recipes]
+    assert code == 0 and names == [*sorted(packaged_recipes()), *sorted(packaged_suites())]
     assert all(entry["about"] and entry["time"] for entry in recipes)
     assert [entry["name"] for entry in json.loads(fedloom("ls", "methods", "--format", "json").out)] == list(METHODS)
     shelves = json.loads(fedloom("ls", "--format", "json").out)

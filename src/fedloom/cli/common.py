@@ -17,6 +17,7 @@ from fedloom.errors import FedloomError, UserError
 
 if TYPE_CHECKING:
     from fedloom.study.load import Loaded
+    from fedloom.study.suite import Suite
 
 __all__ = [
     "WORDS",
@@ -26,8 +27,10 @@ __all__ = [
     "as_mapping",
     "be_quiet",
     "hear_warnings",
+    "one_name",
     "out",
     "print_data",
+    "read_suite_words",
     "read_words",
     "relative",
     "render",
@@ -89,13 +92,13 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), width: int 
     return "\n".join(shown)
 
 
-def read_words(words: Sequence[str] | None, command: str) -> Loaded:
-    """The recipe that a command line names, with its overrides; what is to be said about spellings is said.
+def one_name(words: Sequence[str] | None, command: str) -> tuple[str, list[str]]:
+    """The recipe or suite that a command line names, and its overrides.
 
     Raises:
-        UserError: none is named, or more than one, or it is wrong.
+        UserError: none is named, or more than one.
     """
-    from fedloom.study.load import read_recipe, split_words
+    from fedloom.study.load import split_words
 
     overrides, rest = split_words(words or [])
     options = [word for word in rest if word.startswith("-") and len(word) > 1]
@@ -118,11 +121,40 @@ def read_words(words: Sequence[str] | None, command: str) -> Loaded:
             hint=f"fedloom {command} {names[0]} KEY=VALUE",
             code="cli.too_many",
         )
-    loaded = read_recipe(names[0], [override.said if "=" in override.said else f"--{override.key}={override.value}"
-                                    for override in overrides])  # fmt: skip
+    said = [one.said if "=" in one.said else f"--{one.key}={one.value}" for one in overrides]
+    return names[0], said
+
+
+def read_words(words: Sequence[str] | None, command: str) -> Loaded:
+    """The recipe that a command line names, with its overrides; what is to be said about spellings is said.
+
+    Raises:
+        UserError: none is named, or more than one, or it is wrong.
+    """
+    from fedloom.study.load import read_recipe
+
+    name, overrides = one_name(words, command)
+    loaded = read_recipe(name, overrides)
     for note in loaded.notes:
         say(f"note: {note}")
     return loaded
+
+
+def read_suite_words(words: Sequence[str] | None, command: str) -> Suite | None:
+    """The suite that a command line names, with its overrides; None where it names a recipe.
+
+    Raises:
+        UserError: nothing of that name, or more than one, or the suite is wrong.
+    """
+    from fedloom.study.suite import names_suite, read_suite_file
+
+    name, overrides = one_name(words, command)
+    if not names_suite(name):
+        return None
+    suite = read_suite_file(name, overrides)
+    for note in suite.notes:
+        say(f"note: {note}")
+    return suite
 
 
 def be_quiet() -> None:

@@ -14,6 +14,7 @@ from fedloom.cli.common import (
     Words,
     out,
     print_data,
+    read_suite_words,
     read_words,
     say,
     without_data_notes,
@@ -56,6 +57,12 @@ def plan(
     output: FormatOption = OutputFormat.text,
 ) -> None:
     """What a run would cost: parameters, tokens, bytes, memory, time."""
+    suite = read_suite_words(words, "plan")
+    if suite is not None:
+        from fedloom.cli import suites
+
+        suites.show_plan(suite, output, probe=probe)
+        return
     loaded = read_words(words, "plan")
     from fedloom.study.session import open_session
     from fedloom.study.session import plan as planned

@@ -16,6 +16,7 @@ from fedloom.cli.common import (
     Words,
     out,
     print_data,
+    read_suite_words,
     read_words,
     relative,
     say,
@@ -38,10 +39,16 @@ def register(app: typer.Typer) -> None:
 
 
 def validate(words: Words = None, output: FormatOption = OutputFormat.text) -> None:
-    """Check a recipe: every objection at once, with its line. Nothing is written."""
+    """Check a recipe or a suite: all objections at once, with lines."""
     from fedloom.study.load import RecipeError
 
     try:
+        suite = read_suite_words(words, "validate")
+        if suite is not None:
+            from fedloom.cli import suites
+
+            suites.show_cells(suite, output)
+            return
         loaded = read_words(words, "validate")
     except RecipeError as error:
         if output is OutputFormat.json:
@@ -86,9 +93,9 @@ def list_names(
 
 
 def _recipes() -> list[dict[str, Any]]:
-    from fedloom.study.load import packaged_recipes
+    from fedloom.study.load import packaged_recipes, packaged_suites
 
-    return [{"name": name, **_about(path)} for name, path in packaged_recipes().items()]
+    return [{"name": name, **_about(path)} for name, path in {**packaged_recipes(), **packaged_suites()}.items()]
 
 
 def _about(path: Path) -> dict[str, str]:
@@ -170,6 +177,25 @@ def _runs() -> list[dict[str, Any]]:
             arms = result.get("arms", {})
             about = ", ".join(f"{arm} {_figure(figures)}" for arm, figures in arms.items())
         found.append({"name": relative(path), "time": state, "about": about})
+    return found + _suites()
+
+
+def _suites() -> list[dict[str, Any]]:
+    from fedloom.study.folder import is_running
+    from fedloom.study.suite_result import is_suite, read_suite
+
+    found = []
+    for path in sorted(Path("runs").iterdir()) if Path("runs").is_dir() else []:
+        if is_suite(path):
+            try:
+                suite = read_suite(path)
+            except FedloomError:
+                found.append({"name": relative(path), "time": "damaged", "about": "suite.json cannot be read"})
+                continue
+            done = sum(cell["status"] == "done" for cell in suite["cells"])
+            state = "stopped" if suite["status"] == "running" and not is_running(path) else suite["status"]
+            about = f"suite: {done} of {len(suite['cells'])} runs"
+            found.append({"name": relative(path), "time": state, "about": about})
     return found
 
 
@@ -182,11 +208,11 @@ def _figure(figures: dict[str, Any]) -> str:
 _SHELF = {"recipes": _recipes, "methods": _methods, "data": _data, "tasks": _tasks, "scores": _scores, "runs": _runs}
 
 
-def schema_comment(destination: Path) -> str:
+def schema_comment(destination: Path, schema: str = "recipe.schema.json") -> str:
     """The first line of a recipe written to `destination`: where editors find the keys."""
     from fedloom.study.load import packaged_schema
 
-    there = packaged_schema().resolve()
+    there = packaged_schema().with_name(schema).resolve()
     here = destination.resolve().parent
     try:
         path = Path(os.path.relpath(there, here)).as_posix() if there.anchor == here.anchor else there.as_uri()
@@ -200,17 +226,19 @@ def copy(
     destination: Annotated[Path | None, typer.Argument(metavar="[DEST]", help="File or folder. Default: here.")] = None,
 ) -> None:
     """Copy a recipe that comes with fedloom, to change it."""
-    from fedloom.study.load import packaged_recipes
+    from fedloom.study.load import is_suite_text, packaged_recipes, packaged_suites
 
-    recipes = packaged_recipes()
+    recipes = {**packaged_recipes(), **packaged_suites()}
     key = name.removesuffix(".yaml")
     if key not in recipes:
         raise UserError(f"no recipe {name}{suggest(key, recipes)}", "fedloom ls recipes", "recipe.missing")
-    target = destination or Path(f"{key}.yaml")
+    file = f"{key.rpartition('/')[2]}.yaml"
+    target = destination or Path(file)
     if target.is_dir():
-        target = target / f"{key}.yaml"
+        target = target / file
     text = recipes[key].read_text(encoding="utf-8")
-    text = re.sub(r"\A# yaml-language-server:[^\n]*", lambda _: schema_comment(target), text)
+    schema = "suite.schema.json" if is_suite_text(text) else "recipe.schema.json"
+    text = re.sub(r"\A# yaml-language-server:[^\n]*", lambda _: schema_comment(target, schema), text)
     write_new(target, text)
     out(relative(target))
     say(f"next: fedloom plan {relative(target)}")

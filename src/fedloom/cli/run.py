@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedloom.cli.common import WORDS, FormatOption, OutputFormat, Words, print_data, read_words, say, without_data_notes
+from fedloom.cli.common import (
+    WORDS,
+    FormatOption,
+    OutputFormat,
+    Words,
+    print_data,
+    read_suite_words,
+    read_words,
+    say,
+    without_data_notes,
+)
 from fedloom.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,10 +63,32 @@ def run(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="2 clients x 1 round x 8 rows through every step, to see that all works.")
     ] = False,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, metavar="N", help="Of a suite: runs at once.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Of a suite: list its runs and what they cost; as `fedloom plan`.")
+    ] = False,
     output: FormatOption = OutputFormat.text,
 ) -> None:
-    """Run a recipe: plan, training, evaluation, run folder."""
+    """Run a recipe or a suite: plan, training, evaluation, folder."""
     if resume is None:
+        suite = read_suite_words(words, "run")
+        if suite is not None:
+            from fedloom.cli import suites
+
+            if dry_run:
+                suites.show_plan(suite, output, jobs=jobs)
+            else:
+                suites.run_suite(suite, output, jobs=jobs, smoke=smoke)
+            return
+        if jobs is not None or dry_run:
+            option = "--dry-run" if dry_run else "--jobs"
+            raise UserError(
+                f"{option} is for suites, and this is a recipe of one run",
+                "fedloom plan RECIPE" if dry_run else "runtime.threads=N sets the threads of one run",
+                "cli.option",
+            )
         _go(read_words(words, "run"), output, smoke=smoke)
         return
     if words or smoke:

@@ -328,6 +328,18 @@ class RunFolder:
         return folder
 
     @classmethod
+    def hold(cls, path: Path) -> RunFolder:
+        """Hold the lock of a folder that is there and is no run's, a suite's say, and clear away what was half written.
+
+        Raises:
+            RunError: another process holds it.
+        """
+        folder = cls(path)
+        folder._take_lock()
+        remove_leftovers(path)
+        return folder
+
+    @classmethod
     def look(cls, path: Path) -> RunFolder:
         """Open a run to read it, whether it goes on or not.
 

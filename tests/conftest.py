@@ -18,6 +18,7 @@ os.environ["TERM"] = "xterm"  # what CI sets, if anything, hides live displays
 os.environ.setdefault("NO_COLOR", "1")
 _CACHES = tempfile.mkdtemp(prefix="fedloom-tests-")
 os.environ["HF_HOME"] = _CACHES
+os.environ["FEDLOOM_CACHE"] = str(Path(_CACHES) / "prepared")
 os.environ["MPLCONFIGDIR"] = str(Path(_CACHES) / "matplotlib")
 
 import pytest

@@ -365,7 +365,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
     write_parquet(tmp_path / "d.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    fails(tmp_path / "d.parquet", "data.extra", "needs pyarrow", "pip install 'fedloom[data]'")
+    fails(tmp_path / "d.parquet", "data.extra", "needs pyarrow", "pip install 'fedloom[data]'", cache=False)
 
 
 # ---------------------------------------------------------------- folders, limits

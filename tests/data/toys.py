@@ -93,6 +93,7 @@ class Data:
     val_set_size: float | None = 0.1
     test_set_size: float | None = None
     limit: int | None = None
+    cache: bool = True
     train_on_inputs: bool = False
 
 

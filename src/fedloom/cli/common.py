@@ -159,7 +159,9 @@ def read_suite_words(words: Sequence[str] | None, command: str) -> Suite | None:
 
 def be_quiet() -> None:
     """Keep libraries quiet: no progress bars of theirs, no advice, no telemetry."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "TOKENIZERS_PARALLELISM" not in os.environ:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        os.environ["FEDLOOM_TOKENIZERS"] = "quiet"  # our word, not the user's: see fedloom.data.tokens
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,25 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom.data import keys as columns
 from fedloom.data import split as splitting
+from fedloom.data.keys import Groups, Keys, Numbers
 from fedloom.data.pairs import sides
-from fedloom.data.rows import Row, Source, read, row_key
-from fedloom.data.split import Groups, Keys, Numbers, Parts
+from fedloom.data.rows import Source, as_rows, read
+from fedloom.data.split import Parts
+from fedloom.data.store import Row, Rows, Some
 from fedloom.data.templates import Layout, Tokenizer
-from fedloom.data.tokens import Example, Examples, Shade, Tokenised, fits, prompt_ids, render_tokens, tokenise
+from fedloom.data.tokens import (
+    Example,
+    Examples,
+    Shade,
+    Tokenised,
+    fits,
+    prompt_ids,
+    render_tokens,
+    tokenise,
+    tokenised,
+)
 from fedloom.errors import UserError, suggest
 
 logger = logging.getLogger("fedloom")
@@ -47,6 +61,8 @@ class DataSettings(Protocol):
     def limit(self) -> int | None: ...
     @property
     def train_on_inputs(self) -> bool: ...
+    @property
+    def cache(self) -> bool: ...
 
 
 class SplitSettings(Protocol):
@@ -150,6 +166,24 @@ class Federation:
         own = [getattr(client, part) for client in self.clients.values()]
         return Examples(own[0].tokens, np.concatenate([examples.numbers for examples in own]))
 
+    def rows_of(self, examples: Examples) -> Sequence[Row]:
+        """The rows of some examples, each read when it is asked for."""
+        return Some(self.rows, examples.rows)
+
+    def digest(self) -> str:
+        """Of every example and who holds it, in order: equal for the same data, however it came here."""
+        digest = hashlib.sha256()
+        paired = self.report.read_as == "preference"
+        for client in self.clients.values():
+            digest.update(f"{len(client.id)} {client.id}".encode())
+            for part in PARTS:
+                examples = getattr(client, part)
+                sides = (examples.numbers, examples.numbers + 1) if paired else (examples.numbers,)
+                for numbers in sides:
+                    digest.update(f"|{len(numbers)}|".encode())
+                    digest.update(examples.tokens.digests[numbers].tobytes())
+        return digest.hexdigest()
+
     def small(self, clients: int, rows: int) -> Federation:
         """The first `clients` clients with at most `rows` examples in each part: what a smoke run works on."""
         kept = {
@@ -198,7 +232,8 @@ def prepare(data: DataSettings, split: SplitSettings, tokenizer: Tokenizer, seed
         UserError: anything in the data or in what is asked of it; nothing is patched up silently.
     """
     beside = [data.test_path] if data.test_path else []
-    source = read(data.path, type=data.type, columns=data.columns, limit=data.limit, seed=seed, exclude=beside)
+    settings: dict[str, Any] = {"type": data.type, "columns": data.columns, "limit": data.limit, "cache": data.cache}
+    source = read(data.path, **settings, seed=seed, exclude=beside)
     kind = split.kind or ("natural" if source.natural is not None else "iid")
     if kind not in SPLITS:
         raise UserError(f"split.kind {kind!r}: no such split{suggest(kind, SPLITS)}", code="split.kind")
@@ -210,7 +245,7 @@ def prepare(data: DataSettings, split: SplitSettings, tokenizer: Tokenizer, seed
         )
     tests: Source | None = None
     if data.test_path:
-        tests = read(data.test_path, type=data.type, columns=data.columns, limit=data.limit, seed=seed)
+        tests = read(data.test_path, **settings, seed=seed)
         if tests.kind != source.kind:
             raise UserError(f"data.path reads as {source.kind}, but data.test_path as {tests.kind}", code="data.mixed")
 
@@ -220,12 +255,14 @@ def prepare(data: DataSettings, split: SplitSettings, tokenizer: Tokenizer, seed
         plan.left_out["exact duplicate of a validation or test row"] += crossing
     _check_parts(plan, data)
 
-    done = tokenise(
+    done = tokenised(
         plan.rows,
         tokenizer,
         max_length=data.max_length,
         chat_template=data.chat_template,
         train_on_inputs=data.train_on_inputs,
+        cache=data.cache,
+        name=f"{source.name}, {getattr(tokenizer, 'name_or_path', '')}",
     )
     clients = _clients(plan.parts, done, len(plan.rows))
     used = sum(len(getattr(client, part)) for client in clients.values() for part in PARTS)
@@ -263,7 +300,7 @@ def _sizes(data: DataSettings) -> tuple[float, float]:
 class _Plan:
     """Rows and their division, while it is being made."""
 
-    rows: Sequence[Row]
+    rows: Rows
     parts: dict[str, Parts]
     left_out: Counter[str]
     notes: list[str]
@@ -278,22 +315,22 @@ def _plan(
     notes = list(source.notes)
     if kind == "natural":
         return _natural(split, source, left_out, notes)
-    train_rows: Sequence[Row] = source.rows
-    test_rows: Sequence[Row] = tests.rows if tests is not None else ()
+    train_rows = source.rows
+    test_rows = tests.rows if tests is not None else as_rows([])
     if source.natural is not None:
         # Another split of a built-in task: its training and validation rows are dealt anew, its tests stay tests.
         own = [parts.get(part, ()) for parts in source.natural.values() for part in ("train", "validation")]
-        train_rows = [source.rows[row] for part in own for row in part]
-        test_rows = [source.rows[row] for parts in source.natural.values() for row in parts.get("test", ())]
+        train_rows = as_rows([source.rows[row] for part in own for row in part])
+        test_rows = as_rows([source.rows[row] for parts in source.natural.values() for row in parts.get("test", ())])
     if tests is not None:
         left_out.update(tests.dropped)
         notes += [f"{note} (test file)" for note in tests.notes]
-    rows = [*train_rows, *test_rows]
-    given = bool(test_rows)
+    given = len(test_rows) > 0
+    rows = train_rows + test_rows if given else train_rows
     val_size, test_size = _sizes(data)
     if given:
         test_size = 0
-    content = _contents(rows)
+    content = columns.contents(rows)
 
     def divide(groups: Groups) -> dict[str, Parts]:
         rows_of = {name: len(members) for name, members in groups.items()}
@@ -323,14 +360,14 @@ def _plan(
             name: Parts(own.train, own.validation, len(train_rows) + dealt.get(name, none))
             for name, own in parts.items()
         }
-    column = split.column
-    keys = splitting.keys_from(row.get("category") if column is None else _plain(row, column) for row in rows)
-    return _Plan(rows, parts, left_out, notes, keys, content)
+    return _Plan(rows, parts, left_out, notes, _report_keys(rows, split.column), content)
 
 
-def _plain(row: Row, column: str) -> str | None:
-    value = row["columns"].get(column, row.get(column) if column == "category" else None)
-    return None if value is None else str(value).strip() or None
+def _report_keys(rows: Rows, column: str | None) -> Keys:
+    """The category of each row, or what the column of the split has in its place."""
+    if column is None or (column == "category" and column not in rows.column_names):
+        return columns.categories(rows)
+    return columns.column(rows, column)[0]
 
 
 def _natural(split: SplitSettings, source: Source, left_out: Counter[str], notes: list[str]) -> _Plan:
@@ -353,12 +390,8 @@ def _natural(split: SplitSettings, source: Source, left_out: Counter[str], notes
         gone = list(parts)[split.clients :]
         left_out["client left out by split.clients"] += sum(len(part) for name in gone for part in parts[name])
         parts = {name: own for name, own in parts.items() if name not in gone}
-    keys = splitting.keys_from(row.get("category") for row in source.rows)
-    return _Plan(source.rows, parts, left_out, notes, keys, _contents(source.rows))
-
-
-def _contents(rows: Sequence[Row]) -> NDArray[np.int32]:
-    return splitting.coded(row_key(row) for row in rows)[0]
+    keys, content = columns.categories(source.rows), columns.contents(source.rows)
+    return _Plan(source.rows, parts, left_out, notes, keys, content)
 
 
 def _groups(split: SplitSettings, kind: str, rows: Sequence[Row], seed: int, divide: Any) -> splitting.Named:
@@ -411,8 +444,7 @@ def _deal_tests(
         own = splitting.keys_of(train, split.column, kind)
         keys = splitting.keys_of(tests, split.column, kind)
     elif kind == "files" and "file" in tests[0]:
-        own = splitting.keys_from(row["file"] for row in train)
-        keys = splitting.keys_from(row["file"] for row in tests)
+        own, keys = columns.files(train), columns.files(tests)
     else:
         return splitting.deal(len(tests), list(groups), seed), 0
     home = splitting.holders(groups, own)

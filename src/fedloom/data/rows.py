@@ -10,7 +10,9 @@ A row is a dict with `kind`, the fields of that kind, and the original under `co
 
 `category` is there when the data has one, `file` (the file's stem) when several files were read. What cannot be used is
 left out and counted by reason, never patched up: a missing `input` is "", a missing answer is a dropped row, and the
-word "None" never appears. Imports neither torch nor transformers, so that `fedloom init` starts quickly.
+word "None" never appears. Files are read in a stream, and their rows written into a store on disk (`data/store.py`)
+that is kept for the next time (`data/cache.py`). Imports neither numpy nor torch nor transformers, so that `fedloom
+init` starts quickly.
 """
 
 from __future__ import annotations
@@ -31,12 +33,15 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from fedloom.data.cache import Entry, file_digest, prepared
+from fedloom.data.json_stream import Text, list_items, object_lists, wrong
+from fedloom.data.store import Row as Row  # noqa: PLC0414  the name is looked for here
+from fedloom.data.store import Rows, RowWriter, from_entry
 from fedloom.errors import UserError, suggest
-
-Row = dict[str, Any]
 
 logger = logging.getLogger("fedloom")
 
@@ -113,7 +118,7 @@ class Source:
 
     name: str
     kind: str
-    rows: Sequence[Row]
+    rows: Rows
     read: int
     dropped: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -141,6 +146,7 @@ def read(
     files: Sequence[Path] | None = None,
     parse: Parse | None = None,
     convert: Convert | None = None,
+    cache: bool = True,
 ) -> Source:
     """Read `path`: a file, a folder, a glob, "builtin:NAME", or a hub id ("owner/name", needs `datasets`).
 
@@ -149,7 +155,7 @@ def read(
     are made. `exclude` are files of the folder that are left alone (the test file, when it lies beside the others).
 
     For named sets: `files` are read in place of what `path` names, `parse` makes rows of a text file, and `convert`
-    changes each raw row before it is looked at.
+    changes each raw row before it is looked at. `cache=False` neither looks for what was read before nor keeps it.
 
     Raises:
         UserError: nothing there, not readable, not UTF-8, not recognised, or no usable row; it names file and line.
@@ -165,15 +171,68 @@ def read(
         return _read_builtin(path, limit=limit, seed=seed)
 
     files = _files_of(path, exclude) if files is None else files
-    if files is None:
-        return _gather(path, [("", lambda: _hub_rows(path))], type=type, columns=columns, limit=limit)
+    settings: dict[str, Any] = {"type": type, "columns": dict(columns or {}), "limit": limit}
+    if files is None:  # what a hub has under a name may change, so it is asked anew each time
+        openers: _Openers = [("", lambda: _hub_rows(path))]
+        entry = prepared("rows", {}, lambda folder: _gather(path, openers, folder, **settings), keep=False)
+        return _source(path, entry)
     names = _stems(files) if len(files) > 1 else [""]
-    openers: list[tuple[str, Callable[[], Iterator[_Raw]]]] = [
-        (name, lambda file=file: _file_rows(file, parse))  # type: ignore[misc]
-        for name, file in zip(names, files, strict=True)
-    ]
-    one_file = len(files) == 1
-    return _gather(path, openers, type=type, columns=columns, limit=limit, convert=convert, one_file=one_file)
+    openers = [(name, partial(_file_rows, file, parse)) for name, file in zip(names, files, strict=True)]
+
+    def build(folder: Path) -> dict[str, Any]:
+        before = _stamps(files)
+        made = _gather(path, openers, folder, convert=convert, one_file=len(files) == 1, **settings)
+        changed = [file for file, stamp in before.items() if _stamps([file])[file] != stamp]
+        if changed:
+            raise UserError(f"{changed[0]}: the file changed while it was read", code="data.changed")
+        return made
+
+    key: dict[str, Any] = {**settings, "byteorder": sys.byteorder}
+    key["files"] = [[name, _format_of(file), _digest_of(file)] for name, file in zip(names, files, strict=True)]
+    if parse is not None or convert is not None:  # which are code of this package, and belong to the set's name
+        key["set"] = [path, *(f"{one.__module__}.{one.__qualname__}" for one in (parse, convert) if one is not None)]
+    return _source(path, prepared("rows", key, build, keep=cache))
+
+
+def _stamps(files: Sequence[Path]) -> dict[Path, tuple[int, int]]:
+    """What changes when a file does, as far as a look tells."""
+    found = {file: file.stat() for file in files}
+    return {file: (one.st_mtime_ns, one.st_size) for file, one in found.items()}
+
+
+def _digest_of(file: Path) -> str:
+    try:
+        return file_digest(file)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _source(path: str, entry: Entry) -> Source:
+    header = entry.header
+    source = Source(
+        name=path,
+        kind=header["kind_of_rows"],
+        rows=from_entry(entry),
+        read=header["read"],
+        dropped=header["dropped"],
+        notes=tuple(header["notes"]),
+        files=tuple(header["stems"]),
+        columns=header["columns"],
+    )
+    logger.info("%s: %s", path, source.said)
+    for note in source.notes:
+        logger.info("%s", note)
+    return source
+
+
+def as_rows(rows: Sequence[Row]) -> Rows:
+    """Any rows as a store, which they are already or are written into in memory."""
+    if isinstance(rows, Rows):
+        return rows
+    writer = RowWriter(None, row_key)
+    for row in rows:
+        writer.append(row)
+    return writer.rows()
 
 
 def objects(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -316,7 +375,11 @@ def _file_rows(file: Path, parse: Parse | None = None) -> Iterator[_Raw]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{file}: damaged gzip file: {error}", code="data.damaged") from error
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}", code="data.unreadable") from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(f"{file}: cannot be read: {error.strerror or error}", code="data.unreadable")
 
 
 def _open(file: Path) -> IO[bytes]:
@@ -365,38 +428,58 @@ def _jsonl_rows(file: Path) -> Iterator[_Raw]:
 
 
 def _json_rows(file: Path) -> Iterator[_Raw]:
-    with _open(file) as stream:
-        text = _decode(file, stream.read())
-    if not text.strip():
-        return
+    """A list of rows, or an object with one list, or an object per line."""
     try:
-        value = json.loads(text)
+        with _open(file) as stream:
+            text = Text(stream, partial(_decode, file))
+            first = text.skip()
+            if first == "[":
+                yield from _numbered(file, list_items(text))
+            elif first == "{":
+                yield from _object_rows(file, text)
+                return
+            elif first:
+                value = text.value()
+            if text.skip():
+                raise wrong("Extra data", text)
+            if first and first != "[":
+                raise UserError(f"{file}: {_what(value)}; expected a list of objects", code="data.malformed")
     except RecursionError as error:
         raise UserError(f"{file}: not JSON that can be read: nested too deeply", code="data.malformed") from error
     except json.JSONDecodeError as error:
-        # One object per line in a file called .json is common enough to be read as what it is.
-        if error.msg == "Extra data" and text.lstrip()[:1] == "{":
-            yield from _jsonl_rows(file)
-            return
+        line, column = text.place(error.pos)
         raise UserError(
-            f"{file}, line {error.lineno:,}, column {error.colno}: not JSON: {error.msg}",
-            hint=f"look at it: sed -n {error.lineno}p {file}",
+            f"{file}, line {line:,}, column {column}: not JSON: {error.msg}",
+            hint=f"look at it: sed -n {line}p {file}",
             code="data.malformed",
         ) from error
-    if isinstance(value, dict):
-        lists = {name: part for name, part in value.items() if isinstance(part, list)}
-        if len(lists) != 1:
-            holds = f"{len(lists)} lists ({', '.join(sorted(lists))})" if lists else "no list"
-            raise UserError(
-                f"{file}: an object with {holds}; expected a list of rows, or an object with one list",
-                hint="one object per row is what is read: a list of objects, or one object per line in a .jsonl file",
-                code="data.malformed",
-            )
-        value = next(iter(lists.values()))
-    if not isinstance(value, list):
-        raise UserError(f"{file}: {_what(value)}; expected a list of objects", code="data.malformed")
-    for number, item in enumerate(value, 1):
-        yield _Raw(f"{file}, row {number:,}", item)
+
+
+def _numbered(file: Path, values: Iterable[Any]) -> Iterator[_Raw]:
+    for number, value in enumerate(values, 1):
+        yield _Raw(f"{file}, row {number:,}", value)
+
+
+def _object_rows(file: Path, text: Text) -> Iterator[_Raw]:
+    """The rows of an object's only list. Which list that is, the whole file has to be seen for."""
+    lists = [name for name, _ in object_lists(text)]
+    if text.skip():
+        # One object per line in a file called .json is common enough to be read as what it is.
+        yield from _jsonl_rows(file)
+        return
+    if len(set(lists)) != 1:
+        holds = f"{len(set(lists))} lists ({', '.join(sorted(set(lists)))})" if lists else "no list"
+        raise UserError(
+            f"{file}: an object with {holds}; expected a list of rows, or an object with one list",
+            hint="one object per row is what is read: a list of objects, or one object per line in a .jsonl file",
+            code="data.malformed",
+        )
+    with _open(file) as stream:
+        again = Text(stream, partial(_decode, file))
+        again.skip()
+        for place, (_, values) in enumerate(object_lists(again), 1):
+            if place == len(lists):  # of several with the same name the last one counts
+                yield from _numbered(file, values)
 
 
 def _csv_rows(file: Path) -> Iterator[_Raw]:
@@ -502,25 +585,29 @@ class _Layout(NamedTuple):
     columns: Mapping[str, tuple[str, ...]]
 
 
+_Openers = Sequence[tuple[str, Callable[[], Iterator[_Raw]]]]  # the name of each file, and what reads it
+
+
 class _DropError(Exception):
     """This row cannot be used; the argument is the reason it is counted under."""
 
 
 def _gather(
     path: str,
-    openers: Sequence[tuple[str, Callable[[], Iterator[_Raw]]]],
+    openers: _Openers,
+    folder: Path,
     *,
     type: str,
-    columns: Mapping[str, str] | None,
+    columns: Mapping[str, str],
     limit: int | None,
     convert: Convert | None = None,
     one_file: bool = True,
-) -> Source:
-    rows: list[Row] = []
+) -> dict[str, Any]:
+    """Write the usable rows of all files into `folder`; gives what `_source` reads."""
+    rows = RowWriter(folder, row_key)
     dropped: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     layouts: dict[str, _Layout] = {}
-    shared: dict[tuple[str, ...], tuple[str, ...]] = {}
     read = 0
     for place, (name, open_rows) in enumerate(openers):
         # Of several files the same number from each: the first file alone may be a single client.
@@ -551,9 +638,6 @@ def _gather(
             if isinstance(value, LeftOut):
                 dropped[str(value)] += 1
                 continue
-            # A parser makes new strings for the names of every row; a million rows can share one set of them.
-            names = tuple(value)
-            value = dict(zip(shared.setdefault(names, names), value.values(), strict=True))
             try:
                 row = _normalise(where, value, layout, notes)
             except _DropError as reason:
@@ -563,27 +647,23 @@ def _gather(
                 row["file"] = name
             rows.append(row)
     kind = next(iter(layouts.values())).kind
-    if not rows:
+    if not len(rows):
         raise UserError(
             f"{path}: read as {kind}, but not one of {read:,} rows can be used ({_counts(dropped)})",
             hint="if the fields are in other columns, say so: data.columns='{output: NAME}'",
             code="data.no_rows",
         )
     found = {name: names[0] for name, names in next(iter(layouts.values())).columns.items() if len(names) == 1}
-    source = Source(
-        name=path,
-        kind=kind,
-        rows=rows,
-        read=read,
-        dropped=dict(dropped),
-        notes=tuple(f"{count:,} rows: {note}" for note, count in sorted(notes.items())),
-        files=tuple(name for name, _ in openers if name),
-        columns=found,
-    )
-    logger.info("%s: %s", path, source.said)
-    for note in source.notes:
-        logger.info("%s", note)
-    return source
+    return {
+        "source": path,
+        "kind_of_rows": kind,
+        "read": read,
+        "dropped": dict(dropped),
+        "notes": [f"{count:,} rows: {note}" for note, count in sorted(notes.items())],
+        "stems": [name for name, _ in openers if name],
+        "columns": found,
+        "store": rows.finish(),
+    }
 
 
 def _converted(raw: Iterator[_Raw], convert: Convert | None) -> Iterator[_Raw]:
@@ -820,7 +900,7 @@ def _read_builtin(path: str, *, limit: int | None, seed: int) -> Source:
             natural[client][part] = range(len(rows), len(rows) + share)
             rows.extend({"kind": "alpaca", "input": "", **row, "columns": row} for row in part_rows[:share])
     kind = str(rows[0]["kind"])
-    source = Source(name=path, kind=kind, rows=rows, read=len(rows), natural=natural, task=task)
+    source = Source(name=path, kind=kind, rows=as_rows(rows), read=len(rows), natural=natural, task=task)
     logger.info("%s: %s", path, source.said)
     return source
 

@@ -6,19 +6,18 @@ rows, so all three have that client's distribution. Rows are arrays of numbers t
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.data.rows import Row
+from fedloom.data import keys as columns
+from fedloom.data.keys import Groups, Keys, Numbers, coded, keys_from
+from fedloom.data.rows import as_rows
+from fedloom.data.store import Row
 from fedloom.errors import UserError, suggest
 from fedloom.seeds import seed_of
-
-Numbers = NDArray[np.int64]  # row numbers, ascending
-Groups = dict[str, Numbers]  # client id -> its rows
 
 DIRICHLET_TRIES = 200  # draws of a skewed split until every client has training rows
 
@@ -29,46 +28,6 @@ class Parts(NamedTuple):
     train: Numbers
     validation: Numbers
     test: Numbers
-
-
-@dataclass(frozen=True, eq=False)
-class Keys:
-    """What each row is split by: `names[codes[row]]`, or nothing where the code is -1."""
-
-    codes: NDArray[np.int32]
-    names: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    @property
-    def known(self) -> Numbers:
-        """The rows that have a key."""
-        return np.flatnonzero(self.codes >= 0)
-
-    def __getitem__(self, rows: NDArray[np.int64] | slice) -> Keys:
-        """The keys of some rows."""
-        return Keys(self.codes[rows], self.names)
-
-    def members(self) -> Groups:
-        """The rows of each key that has any, by name."""
-        order = np.argsort(self.codes, kind="stable")
-        sizes = np.bincount(self.codes[self.codes >= 0], minlength=len(self.names))
-        order = order[len(order) - int(sizes.sum()) :]
-        edges = np.concatenate([[0], np.cumsum(sizes)])
-        return {name: order[edges[code] : edges[code + 1]] for code, name in enumerate(self.names) if sizes[code]}
-
-
-def coded(values: Iterable[Hashable | None]) -> tuple[NDArray[np.int32], list[Hashable]]:
-    """Values as numbers, -1 for None, and what each number stands for, in the order of first appearance."""
-    found: dict[Hashable, int] = {}
-    codes = np.fromiter((-1 if one is None else found.setdefault(one, len(found)) for one in values), dtype=np.int32)
-    return codes, list(found)
-
-
-def keys_from(values: Iterable[str | None]) -> Keys:
-    codes, names = coded(values)
-    return Keys(codes, [str(name) for name in names])
 
 
 def client_ids(number: int) -> list[str]:
@@ -236,7 +195,7 @@ def files(rows: Sequence[Row], clients: int | None, min_rows: int | None = None)
             hint="data.path=FOLDER, or split.kind=iid, by_category or by_column",
             code="split.files",
         )
-    return _named(keys_from(row["file"] for row in rows), clients, min_rows, "files", "file")
+    return _named(columns.files(rows), clients, min_rows, "files", "file")
 
 
 def keys_of(rows: Sequence[Row], column: str | None, kind: str) -> Keys:
@@ -245,31 +204,29 @@ def keys_of(rows: Sequence[Row], column: str | None, kind: str) -> Keys:
     Raises:
         UserError: the data has no such column, or no category.
     """
+    keys = columns.categories(rows)
     if column is None:
-        keys = keys_from(row.get("category") for row in rows)
         if not keys.names:
-            columns = sorted({name for row in rows[:100] for name in row["columns"]})
-            candidates = [name for name in columns if _looks_like_key(rows, name)]
+            there = sorted({name for row in rows[:100] for name in row["columns"]})
+            candidates = [name for name in there if _looks_like_key(rows, name)]
             use = candidates[0] if candidates else "COLUMN"
             raise UserError(
-                f"split.kind {kind}: the data has no category (its columns are {', '.join(columns) or 'none'})",
+                f"split.kind {kind}: the data has no category (its columns are {', '.join(there) or 'none'})",
                 hint=f"say which column is one: data.columns.category={use}; or split.kind=iid",
                 code="split.category",
             )
         return keys
-    columns = sorted({name for row in rows for name in row["columns"]})
-    if column not in columns:
-        if column == "category" and any("category" in row for row in rows):
-            return keys_from(row.get("category") for row in rows)
-        raise UserError(f"split.column {column!r}: no such column{suggest(column, columns)}", code="split.column")
-    values = [row["columns"].get(column) for row in rows]
-    if any(isinstance(value, (list, dict)) for value in values):
+    there = sorted(as_rows(rows).column_names)
+    if column not in there:
+        if column == "category" and keys.names:
+            return keys
+        raise UserError(f"split.column {column!r}: no such column{suggest(column, there)}", code="split.column")
+    keys, nested = columns.column(rows, column)
+    if nested:
         raise UserError(
             f"split.column {column!r} holds lists or objects; clients need a plain value", code="split.column"
         )
-    return keys_from(
-        None if value is None or value != value or not str(value).strip() else str(value).strip() for value in values
-    )
+    return keys
 
 
 def _looks_like_key(rows: Sequence[Row], column: str) -> bool:

@@ -1,4 +1,4 @@
-"""Token sequences with loss masks, kept flat: five bytes a token, however many rows.
+"""Token sequences with loss masks, kept flat: five bytes a token, in files that are mapped or in memory.
 
 Shapes: N examples, S tokens of all examples together. `Tokens.ids` is int32 [S], `Tokens.trained` bool [S], and example
 n is the stretch `offsets[n] : offsets[n + 1]`. An `Example` is cut out when it is asked for.
@@ -10,19 +10,29 @@ of token id: a tokenizer that pads with its stop token still learns to stop.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import hashlib
+import inspect
 import itertools
+import json
 import logging
+import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, overload
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom.data.cache import prepared
 from fedloom.data.pairs import sides
-from fedloom.data.rows import Row
+from fedloom.data.store import BLOCK_BYTES, Row, Rows, blocks
 from fedloom.data.templates import (
     Layout,
     Rendered,
@@ -65,6 +75,7 @@ class Tokens:
     offsets: NDArray[np.int64]  # [N + 1]
     rows: NDArray[np.int32]  # [N]
     targets: NDArray[np.int32]  # [N] tokens that carry loss
+    digests: NDArray[np.uint64]  # [N, 2] equal for examples with the same ids and the same loss
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -134,7 +145,65 @@ class Tokenised:
     refused: NDArray[np.bool_]  # [rows] rows the chat template would not take: not among the tokens either
     stop: str  # what the last answer of most rows ends with, as text
     notes: tuple[str, ...] = ()
-    seconds: float = 0.0
+    seconds: float = 0.0  # what making it took, whenever that was
+
+
+# Arrays of a data set by the name of their file. Rows of the table are examples, but for the last two: those are rows.
+_COLUMNS: Mapping[str, Any] = {
+    "ids": np.int32,
+    "trained": np.bool_,
+    "offsets": np.int64,
+    "rows": np.int32,
+    "targets": np.int32,
+    "digests": np.uint64,
+    "full_lengths": np.int32,
+    "fates": np.uint8,
+}
+_KEPT, _WHOLLY_CUT, _REFUSED = range(3)
+
+
+class _Columns:
+    """Arrays that grow at their ends: files of a folder, or in memory where there is none."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._files: dict[str, IO[bytes]] = {}
+        self._memory: dict[str, bytearray] = {name: bytearray() for name in _COLUMNS}
+        if folder is not None:
+            self._files = {name: (folder / name).open("wb") for name in _COLUMNS}
+
+    def append(self, **arrays: NDArray[Any]) -> None:
+        for name, values in arrays.items():
+            data = np.asarray(values, dtype=_COLUMNS[name]).tobytes()
+            if self._files:
+                self._files[name].write(data)
+            else:
+                self._memory[name] += data
+
+    def close(self) -> None:
+        for stream in self._files.values():
+            stream.close()
+
+    def view(self, name: str) -> memoryview:
+        """What was appended in memory."""
+        return memoryview(self._memory[name]).toreadonly()
+
+
+def _as_tokenised(facts: Mapping[str, Any], view: Callable[[str], memoryview]) -> Tokenised:
+    column = {name: np.frombuffer(view(name), dtype=dtype) for name, dtype in _COLUMNS.items()}
+    fates = column.pop("fates")
+    lengths = column.pop("full_lengths")
+    tokens = Tokens(**{**column, "digests": column["digests"].reshape(-1, 2)})
+    return Tokenised(
+        tokens,
+        facts["layout"],
+        lengths,
+        facts["cut"],
+        fates == _WHOLLY_CUT,
+        fates == _REFUSED,
+        facts["stop"],
+        tuple(facts["notes"]),
+        facts["seconds"],
+    )
 
 
 def pad_id_of(tokenizer: Tokenizer) -> int:
@@ -206,8 +275,8 @@ def tokenise(
     train_on_inputs: bool = False,
     chunk: int = CHUNK,
 ) -> Tokenised:
-    """Tokenise all rows, `chunk` of them per call of the tokenizer. A preference row gives two examples, one after
-    the other: the chosen and the rejected side, or none if one of them cannot be used.
+    """Tokenise all rows into memory, `chunk` of them per call of the tokenizer. A preference row gives two examples,
+    one after the other: the chosen and the rejected side, or none if one of them cannot be used.
 
     `max_length` (tokens) cuts the end of an answer, and with it the stop token: the prompt is kept. A row that keeps no
     token of its answers is left out.
@@ -215,23 +284,129 @@ def tokenise(
     Raises:
         UserError: no stop token, every answer wholly cut, or a chat template that cannot be trained on.
     """
+    _check_length(max_length)
+    columns = _Columns(None)
+    settings = (max_length, layout_for(tokenizer, chat_template), train_on_inputs, chunk)
+    facts = _tokenise(rows, tokenizer, columns, *settings)
+    return _as_tokenised(facts, columns.view)
+
+
+def tokenised(
+    rows: Rows,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int | None = None,
+    chat_template: str | None = "auto",
+    train_on_inputs: bool = False,
+    cache: bool = True,
+    name: str = "",
+) -> Tokenised:
+    """The same as `tokenise`, in files that are mapped, and kept for the next time unless `cache` is off.
+
+    `name` is what the listing of the cache shows.
+    """
+    _check_length(max_length)
+    layout = layout_for(tokenizer, chat_template)
+    key = {
+        "rows": rows.digest,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "layout": layout,
+        "max_length": max_length,
+        "train_on_inputs": train_on_inputs,
+        "byteorder": sys.byteorder,
+    }
+
+    def build(folder: Path) -> dict[str, Any]:
+        columns = _Columns(folder)
+        try:
+            with _all_cores():
+                facts = _tokenise(rows, tokenizer, columns, max_length, layout, train_on_inputs, CHUNK)
+            return {**facts, "source": name}
+        finally:
+            columns.close()
+
+    entry = prepared("tokens", key, build, keep=cache)
+    return _as_tokenised(entry.header, entry.view)
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Of everything that decides which tokens a row becomes: two tokenizers with the same digest give the same ones."""
+    _check_fast(tokenizer)
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    for name in ("truncation", "padding"):  # set anew by each call
+        core.pop(name, None)
+    template = getattr(tokenizer, "chat_template", None)
+    kind = tokenizer.__class__
+    said = {
+        "core": core,
+        "template": template,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "special_ids": sorted(tokenizer.all_special_ids),
+        "added": sorted(tokenizer.get_added_vocab().items()),
+        "ids": [tokenizer.eos_token_id, tokenizer.unk_token_id],
+        "model_max_length": getattr(tokenizer, "model_max_length", None),
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "versions": {name: metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")},
+    }
+    if not kind.__module__.startswith("transformers."):  # a model's own code
+        with contextlib.suppress(OSError, TypeError):
+            said["code"] = inspect.getsource(kind)
+    if "strftime_now" in str(template):
+        said["date"] = datetime.date.today().isoformat()
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _all_cores() -> Iterator[None]:
+    """Let the tokenizer use every core, unless the user has said otherwise.
+
+    The library does so by default, but then warns when the process forks, and a forked process must not: it has none of
+    the threads. So it is allowed only here, and in the process that began with it. The command line says "false" on its
+    own account (`fedloom.cli.common.be_quiet`), which is no word of the user.
+    """
+    said = os.environ.get("TOKENIZERS_PARALLELISM")
+    own = said is None or os.environ.get("FEDLOOM_TOKENIZERS") == "quiet"
+    if not own or _threads_of.setdefault("pid", os.getpid()) != os.getpid():
+        yield
+        return
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false" if said is None else said
+
+
+_threads_of: dict[str, int] = {}  # the process that has the tokenizer's threads
+
+
+def _check_length(max_length: int | None) -> None:
     if max_length is not None and max_length < 2:
         raise UserError(f"data.max_length {max_length}: must be at least 2", code="data.max_length")
-    layout = layout_for(tokenizer, chat_template)
+
+
+def _tokenise(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    columns: _Columns,
+    max_length: int | None,
+    layout: Layout,
+    train_on_inputs: bool,
+    chunk: int,
+) -> dict[str, Any]:
+    """Append the tokens of all rows to `columns`; gives the rest of `Tokenised`."""
     maker = _Maker(tokenizer, layout)
     started = said = time.monotonic()
-    ids_parts: list[NDArray[np.int32]] = []
-    mask_parts: list[NDArray[np.bool_]] = []
-    kept_lengths: list[int] = []
-    kept_rows: list[int] = []
+    own_limit = getattr(tokenizer, "model_max_length", None)
     full_lengths = np.zeros(len(rows), dtype=np.int32)
     needed = np.zeros(len(rows), dtype=np.int32)  # the shortest length at which a token of the answer is kept
     wholly_cut = np.zeros(len(rows), dtype=np.bool_)
     refused = np.zeros(len(rows), dtype=np.bool_)
-    cut = 0
-    for begin in range(0, len(rows), chunk):
-        some = rows[begin : begin + chunk]
+    cut = kept = over = begin = total = 0
+    columns.append(offsets=np.zeros(1))
+    for some in blocks(rows, chunk, BLOCK_BYTES):
         lines = iter(maker.lines([side for row in some for side in sides(row)]))
+        kept_lengths: list[int] = []
+        kept_rows: list[int] = []
         flat: list[int] = []
         run_lengths: list[int] = []
         run_trained: list[bool] = []
@@ -248,6 +423,7 @@ def tokenise(
                 wholly_cut[number] = True
                 continue
             cut += any(room < len(line.ids) for line, room in zip(own, rooms, strict=True))
+            over += own_limit is not None and max(rooms) > own_limit
             for line, room in zip(own, rooms, strict=True):
                 flat.extend(line.ids[:room])
                 left = room
@@ -258,39 +434,50 @@ def tokenise(
                     left -= length
                 kept_lengths.append(room)
                 kept_rows.append(number)
-        ids_parts.append(np.asarray(flat, dtype=np.int32))
-        mask_parts.append(np.repeat(np.asarray(run_trained, dtype=np.bool_), np.asarray(run_lengths, dtype=np.int64)))
+        ids = np.asarray(flat, dtype=np.int32)
+        mask = np.repeat(np.asarray(run_trained, dtype=np.bool_), np.asarray(run_lengths, dtype=np.int64))
+        ends = np.cumsum(np.asarray(kept_lengths, dtype=np.int64))
+        starts = ends - np.asarray(kept_lengths, dtype=np.int64)
+        mask[starts] = False
+        columns.append(
+            ids=ids,
+            trained=mask,
+            offsets=total + ends,
+            rows=np.asarray(kept_rows, dtype=np.int32),
+            targets=np.add.reduceat(mask, starts, dtype=np.int32) if len(mask) else np.zeros(0, dtype=np.int32),
+            digests=_digests(ids, mask, starts.tolist(), ends.tolist()),
+        )
+        total += len(ids)
+        kept += len(kept_rows)
+        begin += len(some)
         now = time.monotonic()
         if now - said > _WORTH_SAYING_SECONDS:
             said = now
-            done = begin + len(some)
             logger.info(
-                "tokenised %s of %s rows (%s rows/s)", f"{done:,}", f"{len(rows):,}", f"{done / (now - started):,.0f}"
+                "tokenised %s of %s rows (%s rows/s)", f"{begin:,}", f"{len(rows):,}", f"{begin / (now - started):,.0f}"
             )
-    offsets = np.concatenate([[0], np.cumsum(np.asarray(kept_lengths, dtype=np.int64))]).astype(np.int64)
-    mask = np.concatenate(mask_parts) if mask_parts else np.zeros(0, dtype=np.bool_)
-    mask[offsets[:-1]] = False
-    tokens = Tokens(
-        ids=np.concatenate(ids_parts) if ids_parts else np.zeros(0, dtype=np.int32),
-        trained=mask,
-        offsets=offsets,
-        rows=np.asarray(kept_rows, dtype=np.int32),
-        targets=np.add.reduceat(mask, offsets[:-1], dtype=np.int32) if len(mask) else np.zeros(0, dtype=np.int32),
-    )
-    if len(rows) and not len(tokens):
+    if len(rows) and not kept:
         raise _nothing_left(max_length, full_lengths, needed, wholly_cut, maker)
-    notes = maker.notes(len(tokens))
-    own_limit = getattr(tokenizer, "model_max_length", None)
-    longest = int(tokens.lengths.max()) if len(tokens) else 0
-    if own_limit is not None and longest > own_limit:
-        over = len(np.unique(tokens.rows[tokens.lengths > own_limit]))
+    columns.append(full_lengths=full_lengths, fates=wholly_cut * _WHOLLY_CUT + refused * _REFUSED)
+    notes = maker.notes(kept)
+    if over:
         notes += (
             f"{over:,} rows are longer than the {own_limit:,} tokens the model's tokenizer states as its most; "
             f"data.max_length={own_limit} cuts them",
         )
-    return Tokenised(
-        tokens, layout, full_lengths, cut, wholly_cut, refused, maker.stop, notes, time.monotonic() - started
-    )
+    seconds = time.monotonic() - started
+    return {"layout": layout, "cut": cut, "stop": maker.stop, "notes": notes, "seconds": seconds}
+
+
+def _digests(
+    ids: NDArray[np.int32], mask: NDArray[np.bool_], starts: Sequence[int], ends: Sequence[int]
+) -> NDArray[np.uint64]:
+    found = bytearray()
+    for begin, end in zip(starts, ends, strict=True):
+        digest = hashlib.blake2b(ids[begin:end].data, digest_size=16)
+        digest.update(mask[begin:end].data)
+        found += digest.digest()
+    return np.frombuffer(found, dtype=np.uint64)
 
 
 def _first_trained(runs: Sequence[tuple[int, bool]]) -> int:
@@ -332,16 +519,20 @@ def fits(lengths: NDArray[np.int32], share: float = 0.95) -> int:
     return int(np.quantile(lengths, share, method="higher"))
 
 
+def _check_fast(tokenizer: Tokenizer) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            "this model has only a slow (Python) tokenizer; fedloom needs a fast one (tokenizer.json)",
+            hint="save it once with AutoTokenizer.from_pretrained(MODEL, use_fast=True).save_pretrained(MODEL)",
+            code="data.tokenizer",
+        )
+
+
 class _Maker:
     """Turns rows into lines, and remembers what is worth a note."""
 
     def __init__(self, tokenizer: Tokenizer, layout: Layout) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise UserError(
-                "this model has only a slow (Python) tokenizer; fedloom needs a fast one (tokenizer.json)",
-                hint="save it once with AutoTokenizer.from_pretrained(MODEL, use_fast=True).save_pretrained(MODEL)",
-                code="data.tokenizer",
-            )
+        _check_fast(tokenizer)
         self.tokenizer = tokenizer
         self.layout = layout
         self.eos = _eos_id(tokenizer)

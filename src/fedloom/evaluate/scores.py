@@ -6,11 +6,12 @@ Every score is between 0 and 1, and a row's own answer scores 1 under its own ru
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedloom.data.rows import Row
+from fedloom.data.rows import Row, row_key
 from fedloom.data.templates import answer_of
 from fedloom.errors import UserError, suggest
 
@@ -144,13 +145,14 @@ def score_evaluation(
     from fedloom.types import Evaluation
 
     judge = _judge(score)
-    known: dict[int, tuple[Row, list[int]]] = {}  # prompts are made once a row, however often it is scored
+    known: dict[bytes, array[int]] = {}  # prompts are made once a row, however often it is scored
 
     def prompts_of(rows: Sequence[Row]) -> list[list[int]]:
-        new = {id(row): row for row in rows if id(row) not in known}
+        keys = [row_key(row) for row in rows]  # a row is another object each time it is read
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
         made = prompt_ids(list(new.values()), tokenizer, chat_template)
-        known.update({key: (row, ids) for (key, row), ids in zip(new.items(), made, strict=True)})
-        return [known[id(row)][1] for row in rows]
+        known.update({key: array("i", ids) for key, ids in zip(new, made, strict=True)})
+        return [known[key].tolist() for key in keys]
 
     def run(adapter: Adapter, tree_C: Tree, clients: Sequence[Client]) -> list[Metrics]:
         rows = [list(open(client.id)[:limit]) for client in clients]

@@ -65,7 +65,7 @@ def measures(recipe: Recipe, federation: Federation, on_scored: OnScored | None 
         told = on_scored
         judged = score_evaluation(
             name,
-            lambda client: [federation.rows[example.row] for example in examples(client)],
+            lambda client: federation.rows_of(examples(client)),
             score,
             federation.tokenizer,
             max_new_tokens=new_tokens,

@@ -205,6 +205,9 @@ class DataRecipe(_Block):
     )
     limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Read no more than this many rows.")
     train_on_inputs: bool = Field(False, description="Put the loss on the prompt as well as on the answer.")
+    cache: bool = Field(
+        True, description="Keep the prepared data for the next time ($FEDLOOM_CACHE, 20 GB): fedloom cache shows it."
+    )
 
     @field_validator("columns")
     @classmethod

@@ -274,7 +274,7 @@ def _only_tests(federation: Federation, recipe: Recipe, data: str) -> Federation
     settings = recipe.data
     same = Path(data).suffix == Path(settings.path).suffix  # other names of columns belong to the run's own files
     source = read(data, columns=settings.columns if same else None, seed=recipe.seed)
-    rows = source.rows
+    rows: Sequence[Row] = source.rows
     if source.natural is not None:
         rows = [rows[row] for parts in source.natural.values() for row in parts.get("test", ())]
     done = tokenise(rows, federation.tokenizer, max_length=settings.max_length, chat_template=settings.chat_template)

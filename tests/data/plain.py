@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from fedloom.data.templates import layout_for
+from fedloom.data.tokens import _Maker
 from fedloom.seeds import seed_of
 
 
@@ -59,3 +63,52 @@ def without_crossing(
         )
         for name, (train, validation, test) in parts.items()
     }
+
+
+# ---------------------------------------------------------------- reading and tokenising
+
+
+def json_rows(text: str) -> list[Any]:
+    """What a .json file holds, parsed whole.
+
+    Raises:
+        ValueError: with the words of the message.
+    """
+    if not text.strip():
+        return []
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip()[:1] == "{":
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        raise ValueError(f"line {error.lineno:,}, column {error.colno}: not JSON: {error.msg}") from None
+    if isinstance(value, dict):
+        lists = {name: part for name, part in value.items() if isinstance(part, list)}
+        if len(lists) != 1:
+            raise ValueError("an object with " + ("no list" if not lists else f"{len(lists)} lists"))
+        value = next(iter(lists.values()))
+    if not isinstance(value, list):
+        raise ValueError("expected a list of objects")
+    return value
+
+
+def examples(
+    rows: Sequence[dict[str, Any]], tokenizer: Any, max_length: int | None, train_on_inputs: bool
+) -> dict[int, tuple[list[int], list[int]]]:
+    """Row number -> (ids, labels), one row at a time; rows that lose their whole answer are not there."""
+    maker = _Maker(tokenizer, layout_for(tokenizer, "auto"))
+    found = {}
+    for number, row in enumerate(rows):
+        line = maker.lines([row])[0]
+        if line is None:
+            continue
+        answers = [trained for length, trained in line.runs for _ in range(length)]
+        room = len(line.ids) if max_length is None else min(max_length, len(line.ids))
+        if not any(answers[1:room]):
+            continue
+        labels = [
+            token if place and (answers[place] or train_on_inputs) else -100
+            for place, token in enumerate(line.ids[:room])
+        ]
+        found[number] = (line.ids[:room], labels)
+    return found

@@ -203,7 +203,7 @@ def _found(place: Path, key: Mapping[str, Any]) -> Entry | None:
             entry = Entry(place, header)
             entry.check()
         except FileNotFoundError:
-            if not place.is_dir() or not (place / HEADER).exists():
+            if not place.is_dir():
                 return None  # never there, or evicted a moment ago
             raise _DamagedError("a file is missing") from None
         except OSError as error:

@@ -86,8 +86,8 @@ class Text:
                 if self.ended or not _is_cut(error, self.text):
                     raise
             else:
-                # A number that ends where the window does may go on behind it.
-                if end < len(self.text) or self.ended:
+                # A number that ends where the window does may go on behind it: "1", "1.", "1e", "1e+".
+                if end + 2 < len(self.text) or self.ended:
                     self.at = end
                     return found
             # Twice as much each time, so that a long value is not parsed again and again.

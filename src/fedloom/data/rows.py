@@ -525,8 +525,9 @@ def _parquet_rows(file: Path) -> Iterator[_Raw]:
     arrow_error = importlib.import_module("pyarrow").ArrowException
     number = 0
     try:
-        with parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1024):
+        # By default a whole row group is read ahead, which may be the whole file.
+        with parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:
+            for batch in table.iter_batches(batch_size=128):
                 for item in batch.to_pylist():
                     number += 1
                     yield _Raw(f"{file}, row {number:,}", item)

@@ -248,9 +248,9 @@ class Rows(Sequence[Row]):
 
 
 class Some(Sequence[Row]):
-    """Some rows of a sequence, by number."""
+    """Some rows of a sequence, by number: `numbers` is any sequence or array of them."""
 
-    def __init__(self, rows: Sequence[Row], numbers: Sequence[int]) -> None:
+    def __init__(self, rows: Sequence[Row], numbers: Any) -> None:
         self.rows, self.numbers = rows, numbers
 
     def __len__(self) -> int:

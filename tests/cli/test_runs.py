@@ -359,6 +359,22 @@ def test_watch_and_report_of_a_run_that_is_done(fedloom: Callable[..., Said], pl
     assert "runs/tiny  done  base" in fedloom("ls", "runs").out
 
 
+def test_report_of_several_runs_and_a_picture(fedloom: Callable[..., Said], place: Path) -> None:
+    shutil.copytree(place / "runs" / "tiny", place / "runs" / "twin")
+    code, out, _ = fedloom("report", "runs/tiny", "runs/twin", "-o", "both.html", "--picture", "bytes.svg")
+    assert (code, out) == (0, "bytes.svg\nboth.html\n")
+    page = (place / "both.html").read_text()
+    assert "2 runs" in page and "twin" in page
+    assert (place / "bytes.svg").read_text().startswith("<?xml")
+    assert fedloom("report", "runs/tiny", "runs/twin")[:2] == (0, "report.html\n")
+    code, _, err = fedloom("report", "runs/tiny", "--picture", "bytes.jpeg")
+    assert code == 2 and "a picture is written as .svg, .png, .pdf" in err and "[report.picture]" in err
+    (place / "mine.html").write_text("mine")
+    code, _, err = fedloom("report", "runs/tiny", "-o", "mine.html")
+    assert code == 2 and "stays" in err and (place / "mine.html").read_text() == "mine"
+    shutil.rmtree(place / "runs" / "twin")
+
+
 @pytest.mark.parametrize(
     ("word", "part"),
     [

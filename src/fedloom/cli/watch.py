@@ -30,10 +30,25 @@ def watch(
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or a suite's folder.")],
+    dest: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Where the page goes. Default: report.html in RUN, or for several in the current folder.",
+            show_default=False,
+        ),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Quality against bytes as a picture too: .svg, .png or .pdf."),
+    ] = None,
 ) -> None:
-    """Write report.html again from the run folder."""
-    from fedloom.study.report import write_report
+    """Write report.html: of a run, of a suite, or of several runs side by side."""
+    from fedloom.study.report import write_picture, write_report
 
-    for folder in folders:
-        out(relative(write_report(folder)))
+    if picture is not None:
+        out(relative(write_picture(folders, picture)))
+    out(relative(write_report(folders, dest)))

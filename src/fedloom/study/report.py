@@ -1,347 +1,356 @@
 """report.html of a run: one file that opens from disk or mail, in light and dark, and asks for nothing else.
 
-It is made from the run folder alone, so it can be made at any time: while the run goes on it shows what is known.
-Whatever comes from data or recipes is escaped, and the page forbids itself scripts and requests.
+It is made from the run folder alone, so it can be made at any time: while the run goes on it shows what is known. The
+pages of several runs and of suites are in `report_compare` and `report_suite`; `write_report` writes any of them.
 """
 
 from __future__ import annotations
 
 import datetime
 import math
-import re
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedloom.errors import UserError
-from fedloom.study import pictures
-from fedloom.study.folder import RunFolder, is_running, write_atomic
+from fedloom.study import findings, pictures
+from fedloom.study.draw import short
+from fedloom.study.findings import percent, tied
+from fedloom.study.page import (
+    MOST_ROWS,
+    Cell,
+    Column,
+    Figure,
+    Table,
+    cell,
+    count_cell,
+    loss_cell,
+    plain_text,
+    render,
+    share_cell,
+    tables_of,
+    text_cell,
+    write_page,
+)
 from fedloom.study.progress import amount, byte_text, duration, round_text
-from fedloom.study.result import ARMS, skipped_leaves
+from fedloom.study.report_tables import (
+    COSTS_ABOUT,
+    SPREAD_ABOUT,
+    Known,
+    arm_cell,
+    commands_of,
+    costs_table,
+    equal_samples_about,
+    know,
+    ordered,
+    quality_about,
+    quality_table,
+    spread_table,
+    status_of,
+    tasks_of,
+    tasks_table,
+    trained_arms,
+)
+from fedloom.study.result import skipped_leaves
+from fedloom.study.suite_result import is_suite, read_suite
 
-__all__ = ["write_report"]
+__all__ = ["measure_of", "run_figures", "write_picture", "write_report", "written_now"]
 
-_MAX_ROWS = 200  # of a table; the rest is in result.json
-_ARM_MEANING = {
-    "base": "the model as it came, without any training",
-    "local": "each client alone, on its own data",
-    "federated": "all clients together, data stays where it is",
-    "global": "one place that holds everybody's data",
-}
+_MOST_TASK_FIGURES = 4
+_BY_ARM = [Column("arm", text=True)]
 
 
-def write_report(run: Path, dest: Path | None = None) -> Path:
-    """Write the report of a run, finished or not.
+def write_report(runs: Path | Sequence[Path], dest: Path | None = None) -> Path:
+    """Write the report of a run, of a suite, or of several of them side by side; finished or not.
 
     Args:
-        run: the run folder.
-        dest: a file, or a folder that gets report.html; `run`/report.html by default.
+        runs: a run folder, a suite folder, or several of them (a suite among several stands for its runs).
+        dest: a file, or a folder that gets report.html; report.html in the folder itself by default, and in the
+            current folder for several.
 
     Returns:
         The file written. It appears whole: an older one stays until the new one is complete.
 
     Raises:
-        UserError: there is no run, one of its files is damaged, or `dest` is in no folder.
+        UserError: there is no run, one of its files is damaged, `dest` is in no folder or is a file of another kind.
         RunError: the disk is full.
     """
-    folder = RunFolder.look(run)
-    target = folder.report if dest is None else dest / "report.html" if dest.is_dir() else dest
-    if not target.parent.is_dir():
-        raise UserError(f"cannot write {target}: there is no folder {target.parent}", code="report.dest")
-    page = _page(folder)
-    write_atomic(target, page)
+    folders = [runs] if isinstance(runs, Path) else list(runs)
+    if not folders:
+        raise UserError("a report needs a run folder", "fedloom report runs/NAME", code="report.nothing")
+    own = folders[0] if len(folders) == 1 else Path()
+    target = own / "report.html" if dest is None else dest / "report.html" if dest.is_dir() else dest
+    if len(folders) > 1:
+        from fedloom.study.report_compare import compare_page
+
+        page = compare_page(folders)
+    elif is_suite(own):
+        from fedloom.study.report_suite import suite_page
+
+        page = suite_page(own)
+    else:
+        page = render("run.html.j2", _content(know(own)))
+    write_page(page, target, ours=dest is None and len(folders) == 1)
     return target
 
 
-def _page(folder: RunFolder) -> str:
-    import jinja2
+def write_picture(runs: Path | Sequence[Path], path: Path) -> Path:
+    """Write the picture of quality against bytes as a file of its own: an SVG, PNG or PDF, as its name ends.
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
-    return template.render(_content(folder))
+    Args:
+        runs: as for `write_report`.
+        path: the file.
+
+    Raises:
+        UserError: no bytes were sent in these runs, there is no run, or the file cannot be written under this name.
+        RunError: the disk is full.
+    """
+    from fedloom.study.draw import check_picture_file, picture_file
+    from fedloom.study.pictures_many import quality_bytes
+    from fedloom.study.report_compare import known_runs, run_points
+    from fedloom.study.report_suite import suite_panels
+
+    check_picture_file(path)
+    folders = [runs] if isinstance(runs, Path) else list(runs)
+    if len(folders) == 1 and is_suite(folders[0]):
+        found = suite_panels(read_suite(folders[0]))
+        drawn = quality_bytes(found[0], found[1]["title"], found[1]["unit"] == "share") if found else None
+    else:
+        known = known_runs(folders)
+        measure = measure_of(one for run in known.values() for one in run.arms.values())
+        drawn = quality_bytes(
+            [("", run_points(known, measure))], f"{measure} on the common test set", measure == "score"
+        )
+    if drawn is None:
+        names = ", ".join(map(str, folders[:4])) + (" and more" if len(folders) > 4 else "")
+        raise UserError(
+            f"{names}: no arm that is done has sent any bytes, so there is nothing to set quality against",
+            "the arm `federated` sends some",
+            code="report.picture",
+        )
+    _, height, draw = drawn
+    picture_file(path, height, draw)
+    return path
 
 
-# ----------------------------------------------------------------------------------------------------- what is known
+def measure_of(arms: Iterable[Mapping[str, Any]]) -> str:
+    """What a page is about: the score where there is one, else the loss."""
+    return "score" if any(one["score"] is not None for one in arms) else "loss"
 
 
-def _content(folder: RunFolder) -> dict[str, Any]:
-    from markupsafe import Markup
+# ---------------------------------------------------------------------------------------------------------- one run
 
-    result = folder.read_result() or {}
-    facts = folder.read_facts()
-    lines = folder.read_rounds()
-    arms, costs_per_arm = _arms(folder, result)
+
+def _content(known: Known) -> dict[str, Any]:
+    result, arms, lines = known.result, known.arms, known.lines
     costs = result.get("costs", {})
-    scored = any(one["score"] is not None for one in arms.values())
-    clients = _clients(arms)
-
-    figures: list[dict[str, Any]] = []
-
-    def figure(finding: str, about: str, svg: str) -> None:
-        figures.append({"finding": _tied(finding), "about": about, "svg": Markup(svg)})
-
-    if scored:
-        figure(
-            _order_finding(arms, "score"),
-            "Mean score on the test sets of all clients together, and each client on its own.",
-            pictures.score_picture(arms, "score"),
-        )
-    elif any(one["loss"] is not None for one in arms.values()):
-        figure(
-            _order_finding(arms, "loss"),
-            "Mean loss on the test sets of all clients together; less is better.",
-            pictures.score_picture(arms, "loss"),
-        )
-    training = _trained(lines)
-    if training:
-        figure(
-            _rounds_finding(lines, training),
-            "Mean over answer tokens; validation is on rows that no client trains on.",
-            pictures.loss_picture(lines, training),
-        )
-    if scored and any(one["own_test"]["score_per_client"] for one in arms.values()):
-        figure(
-            _clients_finding(arms, clients),
-            "Each client on its own test set.",
-            pictures.clients_picture(arms, clients),
-        )
-    wire = _wire(costs_per_arm, lines)
-    if wire:
-        total = costs.get("total_parameters") or facts.get("model", {}).get("total_parameters")
-        whole = 4.0 * total if total else None
-        about = "As the payload goes over the wire." + (" All weights: 4 bytes each." if whole else "")
-        figure(_wire_finding(wire, whole), about, pictures.bytes_picture(wire, whole))
-
-    model = result.get("model") or facts.get("model") or {}
-    data = result.get("data") or facts.get("data") or {}
+    measure = measure_of(arms.values())
+    clients = _clients(arms, measure)
+    equal = result.get("equal_samples") or {}
+    by_arm = [([arm_cell(arm, meaning=True)], one) for arm, one in arms.items()]
+    parts = {
+        "arms": (
+            "Arms",
+            [quality_table("Arms", _BY_ARM, by_arm)] if arms else [],
+            "After the same number of rounds in every arm. " * bool(equal) + quality_about(measure),
+        ),
+        "samples": ("After the same number of samples", _equal_samples(equal), equal_samples_about(equal)),
+        "tasks": (
+            "Benchmark tasks",
+            _some(tasks_table([([arm_cell(arm)], table) for arm, table in _tasks(result).items()], _BY_ARM)),
+            "",
+        ),
+        "spread": (
+            "Spread over the clients",
+            _some(*(spread_table(kind, _BY_ARM, [([arm_cell(arm)], arms[arm]) for arm in arms])
+                    for kind in ("score", "loss"))),
+            SPREAD_ABOUT,
+        ),
+        "costs": (
+            "Costs",
+            _some(costs_table("Costs", _BY_ARM, [([arm_cell(arm)], cost) for arm, cost in known.costs.items()])),
+            COSTS_ABOUT,
+        ),
+        "clients": ("Clients", _client_tables(known, clients, measure), ""),
+        "failed": ("Clients that failed", _failure_tables(lines), ""),
+    }  # fmt: skip
+    data_facts, data_tables = tables_of({key: value for key, value in known.data.items() if key != "heterogeneity"})
+    facts = (
+        ("The run", _cost_rows(costs)),
+        ("Model", tables_of(known.model)[0]),
+        ("Skipped", [(name, plain_text(why)) for name, why in skipped_leaves(result)]),
+    )
     return {
-        "name": folder.path.resolve().name,
-        "status": _status(folder, result, lines),
-        "finding": _tied(_headline(arms, lines, scored)),
-        "written": datetime.datetime.now().astimezone().strftime("%-d %B %Y, %H:%M %Z"),
-        "tiles": _tiles(arms, costs, lines, wire),
-        "figures": figures,
-        "arms": _arm_rows(arms, costs_per_arm),
-        "scored": scored,
-        "clients": _client_rows(arms, clients),
-        "clients_left_out": max(0, len(clients) - _MAX_ROWS),
-        "arm_names": list(arms),
-        "costs": _cost_rows(costs),
-        "failures": _failures(lines),
-        "skipped": [(name, _text(why)) for name, why in skipped_leaves(result)],
-        "data": _blocks(data),
-        "model": _blocks(model),
-        "recipe": folder.recipe.read_text(encoding="utf-8"),
-        "versions": list((result.get("versions") or facts.get("versions") or {}).items()),
-        "commands": _commands(folder.path, result),
+        "name": short(known.folder.path.resolve().name, 120),
+        "status": status_of(known),
+        "finding": tied(findings.headline(arms, lines, trained_arms(lines))),
+        "written": written_now(),
+        "warnings": [],
+        "tiles": _tiles(known),
+        "figures": run_figures(known),
+        "sections": [
+            *((id, title) for id, (title, tables, _) in parts.items() if tables),
+            *([("data", "Data")] if known.data else []),
+            ("reproduce", "How to reproduce"),
+        ],
+        "parts": [(id, *part) for id, part in parts.items()],
+        "facts": [(title, rows) for title, rows in facts if rows],
+        "data_facts": data_facts,
+        "data_tables": [*_heterogeneity_tables(known.data), *data_tables],
+        "recipe": known.folder.recipe.read_text(encoding="utf-8"),
+        "versions": list((result.get("versions") or known.facts.get("versions") or {}).items()),
+        "commands": commands_of(known.folder.path, result),
         "version": result.get("fedloom_version"),
         "seed": result.get("seed"),
         "last_rounds": [f"{line['arm']}: {round_text(line)}" for line in lines[-5:]] if not result else [],
     }
 
 
-def _ordered(arms: Mapping[str, Any]) -> list[str]:
-    return [arm for arm in ARMS if arm in arms] + [arm for arm in arms if arm not in ARMS]
+def written_now() -> str:
+    return datetime.datetime.now().astimezone().strftime("%-d %B %Y, %H:%M %Z")
 
 
-def _trained(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Arms with a loss after some round. The base has none, only a measurement before round 1 as they all do."""
-    known = [line for line in lines if line.get("train_loss") is not None or line.get("val_loss") is not None]
-    return _ordered({line["arm"]: None for line in known if line["round"] > 0})
+def _some(*tables: Table | None) -> list[Table]:
+    return [table for table in tables if table is not None]
 
 
-def _arms(folder: RunFolder, result: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Results and costs of the arms that are done; of a run that goes on, from its stages."""
-    if result:
-        return {arm: result["arms"][arm] for arm in _ordered(result["arms"])}, dict(result.get("costs_per_arm", {}))
-    stages = folder.read_stages()
-    arms = {arm: stages[arm]["result"] for arm in _ordered(stages) if "result" in stages[arm]}
-    return arms, {arm: stage["costs"] for arm, stage in stages.items() if "costs" in stage}
+def _tasks(result: Mapping[str, Any]) -> dict[str, Any]:
+    tasks = result.get("tasks") or {}
+    return {arm: tasks[arm] for arm in ordered(tasks) if tasks[arm]}
 
 
-def _clients(arms: Mapping[str, Any]) -> list[str]:
-    """All clients with a score of their own, the one that does best in the most interesting arm first."""
-    tables = {arm: one["own_test"]["score_per_client"] for arm, one in arms.items()}
+def _clients(arms: Mapping[str, Any], measure: str) -> list[str]:
+    """All clients with a score (or loss) of their own, the one that does best in the most interesting arm first."""
+    tables = {arm: findings.own_values(one, measure) for arm, one in arms.items()}
     seen = list(dict.fromkeys(client for table in tables.values() for client in table))
-    leads = [tables[arm] for arm in ("federated", "global", "local", "base") if tables.get(arm)]
-    lead = leads[0] if leads else {}
-    return sorted(seen, key=lambda client: -(lead.get(client) or 0.0))
+    lead = tables[findings.lead_of({arm: table for arm, table in tables.items() if table}) or "base"] if seen else {}
+    sign = -1.0 if measure == "score" else 1.0
+    return sorted(seen, key=lambda client: sign * value if (value := lead.get(client)) is not None else math.inf)
 
 
-def _status(folder: RunFolder, result: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    if result.get("status") == "done":
-        return {"kind": "done", "text": "finished"}
-    where = f", {lines[-1]['arm']} round {lines[-1]['round']}/{lines[-1].get('rounds', '?')}" if lines else ""
-    if is_running(folder.path):
-        return {"kind": "running", "text": f"running{where}"}
-    return {"kind": "stopped", "text": f"stopped{where}"}
+# --------------------------------------------------------------------------------------------------------- pictures
 
 
-def _wire(costs: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+def run_figures(known: Known) -> list[Figure]:
+    """The pictures of a run, of what there is so far."""
+    arms, lines, data = known.arms, known.lines, known.data
+    figures: list[Figure] = []
+
+    def figure(name: str, finding: str, about: str, svg: str) -> None:
+        if svg:
+            figures.append(Figure(name, tied(finding), about, svg))
+
+    measure = measure_of(arms.values())
+    scored = measure == "score"
+    if scored:
+        about = "Mean score on the test sets of all clients together, and each client on its own."
+        figure("score", findings.order_finding(arms, "score"), about, pictures.score_picture(arms, "score"))
+    elif any(one["loss"] is not None for one in arms.values()):
+        about = "Mean loss on the test sets of all clients together; less is better."
+        figure("score", findings.order_finding(arms, "loss"), about, pictures.score_picture(arms, "loss"))
+    training = trained_arms(lines)
+    if training:
+        about = "Mean over answer tokens; validation is on rows that no client trains on."
+        figure("loss", findings.rounds_finding(lines, training), about, pictures.loss_picture(lines, training))
+    _round_figures(known, training, figure)
+    clients = _clients(arms, measure)
+    if clients and any(
+        value is not None for one in arms.values() for value in findings.own_values(one, measure).values()
+    ):
+        picture = pictures.clients_picture(arms, clients, measure)
+        figure("clients", findings.clients_finding(arms, clients, measure), "Each client on its own test set.", picture)
+    if arms:
+        spent = {
+            arm: {
+                "seconds": cost.get("train_seconds") or 0.0,
+                "bytes": (cost.get("bytes_up") or 0.0) + (cost.get("bytes_down") or 0.0),
+            }
+            for arm, cost in known.costs.items()
+        }
+        about = "The further up and to the left, the better." if scored else "The further down and left, the better."
+        about += " What global would move, the data itself, is not counted." if "global" in arms else ""
+        finding = findings.cost_finding(arms, spent, measure)
+        figure("cost", finding, about, pictures.cost_picture(arms, spent, measure))
+    wire = _wire(known)
+    if wire:
+        total = (known.result.get("costs") or {}).get("total_parameters") or known.model.get("total_parameters")
+        whole = 4.0 * total if total else None
+        about = "As the payload goes over the wire." + (" All weights: 4 bytes each." if whole else "")
+        figure("bytes", findings.wire_finding(wire, whole), about, pictures.bytes_picture(wire, whole))
+    holders = data.get("clients") or []
+    if len(holders) > 1 and len({name for one in holders for name in one.get("categories") or {}}) > 1:
+        about = "The stronger the colour, the larger a part of the client's own rows." + pictures.partition_note(
+            len(holders)
+        )
+        finding = findings.partition_finding(holders, data.get("heterogeneity") or {})
+        figure("partition", finding, about, pictures.partition_picture(holders))
+    elif len(holders) > 1:
+        about = "Rows to train on; the data names no categories."
+        figure("sizes", findings.sizes_finding(holders), about, pictures.sizes_picture(holders))
+    return figures
+
+
+def _round_figures(known: Known, training: Sequence[str], figure: Any) -> None:
+    """What was measured as the rounds went, besides the loss: scores, benchmark tasks, and each client."""
+    lines = known.lines
+    curves = {
+        arm: [(line["round"], line["score"]) for line in lines if line["arm"] == arm and line.get("score") is not None]
+        for arm in training
+    }
+    curves = {arm: points for arm, points in curves.items() if len(points) > 1}
+    if curves:
+        about = "On rows that no client trains on; the test sets are kept for the end."
+        picture = pictures.share_rounds_picture("score-rounds", curves, "score on validation rows")
+        figure("score-rounds", findings.value_rounds_finding(curves, "validation score"), about, picture)
+    measured = {str(place): line["tasks"] for place, line in enumerate(lines) if line.get("tasks")}
+    first = dict(reversed(tasks_of(measured)))  # each task's first metric
+    for place, task in enumerate(list(reversed(first))[:_MOST_TASK_FIGURES]):
+        curves = {}
+        for line in lines:
+            value = ((line.get("tasks") or {}).get(task) or {}).get(first[task])
+            if value is not None and 0 <= value <= 1:
+                curves.setdefault(line["arm"], []).append((line["round"], value))
+        curves = {arm: curves[arm] for arm in ordered(curves) if len(curves[arm]) > 1}
+        if curves:
+            name = f"{short(task, 40)} {first[task].replace('_', ' ')}"
+            picture = pictures.share_rounds_picture(f"task-{place}", curves, short(name, 40))
+            figure(f"task-{place}", findings.value_rounds_finding(curves, name), "A benchmark task, by round.", picture)
+    for key in ("score_per_client", "val_loss_per_client"):
+        if any(line.get(key) and line["round"] > 0 for line in lines):
+            about = "Every client on its own validation rows; dashed: the mean of the tenth that fares worst."
+            picture = pictures.spread_picture(lines, training, key)
+            figure("spread", findings.spread_finding(lines, training, key), about, picture)
+            break
+
+
+def _wire(known: Known) -> dict[str, tuple[float, float]]:
     """Arm -> bytes a client sends and receives in a round, of arms that use the wire."""
     wire: dict[str, tuple[float, float]] = {}
-    for line in lines:  # of an arm that is under way: its last round
+    for line in known.lines:  # of an arm that is under way: its last round
         wire[line["arm"]] = (line.get("bytes_up_per_client") or 0.0, line.get("bytes_down_per_client") or 0.0)
-    for arm, cost in costs.items():
+    for arm, cost in known.costs.items():
         wire[arm] = (cost.get("bytes_up_per_client_round") or 0.0, cost.get("bytes_down_per_client_round") or 0.0)
-    return {arm: wire[arm] for arm in _ordered(wire) if sum(wire[arm]) > 0}
+    return {arm: wire[arm] for arm in ordered(wire) if sum(wire[arm]) > 0}
 
 
-# ---------------------------------------------------------------------------------------------------------- findings
+# ----------------------------------------------------------------------------------------------------------- tables
 
 
-def _tied(text: str) -> str:
-    """Numbers stay on one line with their units."""
-    return re.sub(r"(\d) (?=(%|B|kB|MB|GB|points?|s|min|h)\b|%)", "\\1\u00a0", text)
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
-
-
-def _points(value: float) -> str:
-    """The difference of two scores in words: 73 points, 0.4 points, 1 point."""
-    size = abs(100 * value)
-    text = f"{size:.0f}" if size >= 0.95 else f"{size:.1f}"
-    return f"{text} point" + ("" if text == "1" else "s")
-
-
-def _versus(value: float, other: float, name: str, more: str = "above", less: str = "below") -> str:
-    if abs(value - other) < 0.0005:
-        return f"level with {name}"
-    return f"{_points(value - other)} {more if value > other else less} {name}"
-
-
-def _score_finding(arms: Mapping[str, Any]) -> str:
-    known = {arm: one["score"] for arm, one in arms.items() if one["score"] is not None}
-    lead = next(arm for arm in ("federated", "global", "local", "base", *known) if arm in known)
-    against: list[str] = []
-    for other in ("local", "base"):
-        if other in known and other != lead and not against:
-            against.append(other)
-    if lead == "federated" and "global" in known:
-        against.append("global")
-    parts = " and ".join(_versus(known[lead], known[arm], arm) for arm in against)
-    return f"{lead.capitalize()} reaches {_percent(known[lead])}" + (f", {parts}" if parts else "")
-
-
-def _order_finding(arms: Mapping[str, Any], measure: str) -> str:
-    """The arms from the best to the worst."""
-    shares = measure == "score"
-    known = sorted(((one[measure], arm) for arm, one in arms.items() if one[measure] is not None), reverse=shares)
-    text = ", ".join(f"{arm} {_percent(value) if shares else f'{value:.3f}'}" for value, arm in known)
-    first = "Highest" if shares else "Lowest"
-    return f"{first} is {text}" if len(known) > 1 else f"{measure.capitalize()} of {text}"
-
-
-def _loss_finding(arms: Mapping[str, Any]) -> str:
-    known = {arm: one["loss"] for arm, one in arms.items() if one["loss"] is not None}
-    lead = next(arm for arm in ("federated", "global", "local", "base", *known) if arm in known)
-    parts = [f"{arm} {known[arm]:.3f}" for arm in known if arm != lead]
-    return f"{lead.capitalize()} ends at a loss of {known[lead]:.3f}" + (f" ({', '.join(parts)})" if parts else "")
-
-
-def _rounds_finding(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> str:
-    arm = "federated" if "federated" in arms else arms[0]
-    for key, name in (("val_loss", "validation"), ("train_loss", "training")):
-        known = [(line["round"], line[key]) for line in lines if line["arm"] == arm and line.get(key) is not None]
-        if len(known) >= 2:
-            (first, start), (last, end) = known[0], known[-1]
-            way = "falls" if end < start - 5e-4 else "rises" if end > start + 5e-4 else "stays"
-            best_round, best = min(known, key=lambda one: one[1])
-            turn = f"; lowest in round {best_round} ({best:.2f})" if end > best + 0.05 * abs(best) else ""
-            figures = f"at {end:.2f}" if way == "stays" else f"from {start:.2f} to {end:.2f}"
-            return f"{arm.capitalize()} {name} loss {way} {figures} between rounds {first} and {last}{turn}"
-        if known:
-            return f"{arm.capitalize()} {name} loss is {known[0][1]:.2f} in round {known[0][0]}"
-    return "Loss by round"
-
-
-def _clients_finding(arms: Mapping[str, Any], clients: Sequence[str]) -> str:
-    tables = {arm: one["own_test"]["score_per_client"] for arm, one in arms.items()}
-    for better, other, phrase in (
-        ("federated", "local", "than training alone"),
-        ("federated", "base", "than the base"),
-        ("local", "base", "than the base"),
-    ):
-        first, second = tables.get(better, {}), tables.get(other, {})
-        gains = {
-            client: first[client] - second[client]
-            for client in clients
-            if first.get(client) is not None and second.get(client) is not None
-        }
-        if gains:
-            won = sum(gain > 0 for gain in gains.values())
-            who = "Every client does" if won == len(gains) else f"{won} of {len(gains)} clients do"
-            if won == 0:
-                who = "No client does"
-            least = min(gains, key=lambda client: gains[client])
-            change = f"{'+' if gains[least] >= 0 else '−'}{_points(gains[least])}"
-            kind = "smallest gain" if gains[least] > 0 else "no change" if gains[least] == 0 else "largest loss"
-            where = f"{kind} {change}" if gains[least] else kind
-            tail = f"; {where} ({pictures.short(least)})" if len(gains) > 1 else f": {change}"
-            with_ = {"federated": "with the federation ", "local": "after local training "}[better]
-            return f"{who} better {with_}{phrase}{tail}"
-    arm = next(arm for arm in ("federated", "global", "local", *tables) if arm in tables)
-    known = [value for value in tables[arm].values() if value is not None]
-    if not known:
-        return "Scores of the clients"
-    if len(known) == 1:
-        return f"{arm.capitalize()} gives the client {_percent(known[0])}"
-    if _percent(min(known)) == _percent(max(known)):
-        return f"{arm.capitalize()} gives every client {_percent(known[0])}"
-    return f"{arm.capitalize()} gives the clients from {_percent(min(known))} to {_percent(max(known))}"
-
-
-def _wire_finding(wire: Mapping[str, tuple[float, float]], whole: float | None) -> str:
-    arm = "federated" if "federated" in wire else next(iter(wire))
-    up, down = wire[arm]
-    text = f"A client sends {byte_text(up)} and receives {byte_text(down)} a round"
-    if whole and up and whole / up >= 1.5:
-        text += (
-            f", {whole / up:.0f} times less than all weights"
-            if whole / up >= 10
-            else f", {whole / up:.1f} times less than all weights"
-        )
-    return text
-
-
-def _headline(arms: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], scored: bool) -> str:
-    if set(arms) <= {"base"} and _trained(lines):  # what comes first in a run that goes on is no news
-        return _rounds_finding(lines, _trained(lines)) + "."
-    if scored:
-        return _score_finding(arms) + "."
-    if any(one["loss"] is not None for one in arms.values()):
-        return _loss_finding(arms) + "."
-    if _trained(lines):
-        return _rounds_finding(lines, _trained(lines)) + "."
-    return "No round has ended yet."
-
-
-# ------------------------------------------------------------------------------------------------------------ tables
-
-
-def _tiles(
-    arms: Mapping[str, Any],
-    costs: Mapping[str, Any],
-    lines: Sequence[Mapping[str, Any]],
-    wire: Mapping[str, tuple[float, float]],
-) -> list[tuple[str, str, str]]:
+def _tiles(known: Known) -> list[tuple[str, str, str]]:
     """Big figure, what it is, and one more word on it."""
+    arms, costs, lines = known.arms, known.result.get("costs", {}), known.lines
     tiles: list[tuple[str, str, str]] = []
-    lead = next((arm for arm in ("federated", "global", "local", "base") if arm in arms), None)
+    lead = findings.lead_of(arms)
     if lead is not None:
         one = arms[lead]
         if one["score"] is not None:
-            tiles.append((_percent(one["score"]), f"{lead} score", "common test set"))
+            tiles.append((percent(one["score"]), f"{lead} score", "common test set"))
             worst = one["own_test"]["score_worst"]
             if worst is not None:
-                tiles.append((_percent(worst), "worst client", f"{lead}, own test set"))
+                tiles.append((percent(worst), "worst client", f"{lead}, own test set"))
         if one["loss"] is not None:
             tiles.append((f"{one['loss']:.3f}", f"{lead} loss", "nats per answer token"))
+    wire = _wire(known)
     if wire:
         up, down = wire.get("federated", next(iter(wire.values())))
         tiles.append((byte_text(up), "up per client and round", f"{byte_text(down)} down"))
@@ -358,53 +367,79 @@ def _tiles(
                 f"{100 * share:.2g} % of {amount(costs['total_parameters'])}",
             )
         )
-    return tiles
+    return [(tied(figure), what, tied(more)) for figure, what, more in tiles]
 
 
-def _number(value: float | None, text: Any) -> str:
-    return "–" if value is None else text(value)
+def _equal_samples(equal: Mapping[str, Any]) -> list[Table]:
+    arms = equal.get("arms") or {}
+    rows = [
+        ([arm_cell(arm)], {**arms[arm]["result"], "round": arms[arm].get("round"), "samples": arms[arm].get("samples")})
+        for arm in ordered(arms)
+        if arms[arm].get("result")
+    ]
+    extra = [
+        (Column("round"), lambda one: cell(one["round"], lambda x: f"{x:,.0f}")),
+        (Column("samples", "that a model has seen"), lambda one: count_cell(one["samples"])),
+    ]
+    return [quality_table("After the same number of samples", _BY_ARM, rows, extra)] if rows else []
 
 
-def _share(value: float | None) -> str:
-    return _number(value, lambda x: f"{100 * x:.1f} %")
+def _heterogeneity_tables(data: Mapping[str, Any]) -> list[Table]:
+    known = {name: row for name, row in (data.get("heterogeneity") or {}).items() if isinstance(row, Mapping)}
+    columns = {
+        "js_mean": "Jensen–Shannon, mean",
+        "js_max": "Jensen–Shannon, largest",
+        "tv_mean": "total variation, mean",
+        "tv_max": "total variation, largest",
+    }
+    rows = [
+        [text_cell(f"rows by {name}"), *(cell(row.get(key), lambda x: f"{x:.3f}") for key in columns)]
+        for name, row in known.items()
+        if any(row.get(key) is not None for key in columns)
+    ]
+    note = "Between each client and the pool of all: 0 is alike, 1 is nothing in common."
+    heads = [Column("distribution", text=True), *map(Column, columns.values())]
+    return [Table("heterogeneity", heads, rows, note)] if rows else []
 
 
-def _arm_rows(arms: Mapping[str, Any], costs: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _client_tables(known: Known, clients: Sequence[str], measure: str) -> list[Table]:
+    """A row per client: its size, and its score and loss by arm. Of very many, those that fare worst and best."""
+    more = len(clients) - MOST_ROWS
+    kept = clients if more <= 0 else [*clients[: MOST_ROWS // 2], *clients[len(clients) - MOST_ROWS // 2 :]]
+    sizes = {str(one.get("id")): one.get("train") for one in known.data.get("clients") or []}
+    columns = [Column("client", text=True)]
+    per_arm: list[tuple[Mapping[str, float | None], bool]] = []
+    if any(client in sizes for client in kept):
+        columns.append(Column("rows", "to train on"))
+    for kind in ("score", "loss"):
+        for arm, one in known.arms.items():
+            values = findings.own_values(one, kind)
+            if any(values.get(client) is not None for client in kept):
+                columns.append(
+                    Column(arm if kind == measure else f"{arm}, {kind}", f"{kind} on its own test set", arm=arm)
+                )
+                per_arm.append((values, kind == "score"))
+    if not per_arm:
+        return []
     rows = []
-    for arm, one in arms.items():
-        own, cost = one["own_test"], costs.get(arm, {})
-        rows.append(
-            {
-                "arm": arm,
-                "meaning": _ARM_MEANING.get(arm, ""),
-                "score": _share(one["score"]),
-                "own": _share(own["score"]),
-                "worst": _share(own["score_worst"]),
-                "std": _number(own["score_std"], lambda x: f"{100 * x:.1f}"),
-                "loss": _number(one["loss"], lambda x: f"{x:.3f}"),
-                "own_loss": _number(own["loss"], lambda x: f"{x:.3f}"),
-                "up": byte_text(cost["bytes_up_per_client_round"]) if cost.get("bytes_up_per_client_round") else "–",
-                "down": byte_text(cost["bytes_down_per_client_round"])
-                if cost.get("bytes_down_per_client_round")
-                else "–",
-                "seconds": duration(cost["train_seconds"]) if cost.get("train_seconds") else "–",
-                "speed": amount(cost["tokens_per_second"]) if cost.get("tokens_per_second") else "–",
-            }
-        )
-    return rows
+    for client in kept:
+        cells: list[Cell] = []
+        shown = [values.get(client) for values, shares in per_arm if shares]
+        best = max((value for value in shown if value is not None), default=None)
+        for values, shares in per_arm:
+            value = values.get(client)
+            shown_as = share_cell(value) if shares else loss_cell(value)
+            cells.append(shown_as._replace(strong=shares and value is not None and value == best and value > 0))
+        size = [cell(sizes.get(client), lambda x: f"{x:,.0f}")] if columns[1].name == "rows" else []
+        rows.append([text_cell(client), *size, *cells])
+    note = f"{measure.capitalize()} of each client on its own test set."
+    if more > 0:
+        half = MOST_ROWS // 2
+        note += f" The {half} that fare best and the {half} that fare worst; {more:,} more are in result.json."
+    return [Table("Clients", columns, rows, note)]
 
 
-def _client_rows(arms: Mapping[str, Any], clients: Sequence[str]) -> list[dict[str, Any]]:
-    rows = []
-    for client in clients[:_MAX_ROWS]:
-        values = [one["own_test"]["score_per_client"].get(client) for one in arms.values()]
-        best = max((value for value in values if value is not None), default=None)
-        cells = [{"text": _share(value), "best": value is not None and value == best and best > 0} for value in values]
-        rows.append({"client": pictures.short(client, 60), "cells": cells})
-    return rows
-
-
-_COSTS = (
+_COSTS: tuple[tuple[str, str, Any], ...] = (
     ("bytes_up_per_client_round", "sent per client and round", lambda x: f"{byte_text(x)} ({x:,.0f} bytes)"),
     ("bytes_down_per_client_round", "received per client and round", lambda x: f"{byte_text(x)} ({x:,.0f} bytes)"),
     ("train_tokens", "tokens trained on", lambda x: f"{x:,.0f}"),
@@ -420,65 +455,21 @@ def _cost_rows(costs: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, text(costs[key])) for key, name, text in _COSTS if costs.get(key) is not None]
 
 
-def _failures(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, int, str]]:
-    """(arm, client, how often, the last reason) of clients that failed in some round, the most frequent first."""
+def _failure_tables(lines: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Clients that failed in some round, the most frequent first, with the last reason."""
     found: dict[tuple[str, str], tuple[int, str]] = {}
     for line in lines:
         for client, reason in (line.get("failed") or {}).items():
             count, _ = found.get((line["arm"], client), (0, ""))
             found[line["arm"], client] = (count + 1, str(reason))
-    rows = [(arm, pictures.short(client, 60), count, reason) for (arm, client), (count, reason) in found.items()]
-    return sorted(rows, key=lambda row: -row[2])[:_MAX_ROWS]
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e6 else f"{value:,.0f}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_text(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        return ("\n" if any(isinstance(item, str) and " " in item for item in value) else ", ").join(
-            _text(item) for item in value
-        ) or "none"
-    return str(value)
-
-
-def _blocks(value: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Any JSON object as tables: one of its plain values, and one for each table inside it."""
-    plain: list[tuple[str, str]] = []
-    tables: list[dict[str, Any]] = []
-    for key, item in value.items():
-        name = str(key).replace("_", " ")
-        rows = list(item.items()) if isinstance(item, Mapping) else []
-        if isinstance(item, list) and item and all(isinstance(row, Mapping) for row in item):
-            rows = [(str(row.get("id", number)), row) for number, row in enumerate(item, start=1)]
-        if rows and all(isinstance(row, Mapping) for _, row in rows):
-            seen = dict.fromkeys(column for _, row in rows for column in row if column != "id")
-            columns = [column for column in seen if any(row.get(column) not in (None, {}, [], "") for _, row in rows)]
-            tables.append(
-                {
-                    "name": name,
-                    "columns": [str(column).replace("_", " ") for column in columns],
-                    "rows": [
-                        (pictures.short(str(id), 60), [_text(row.get(column)) for column in columns])
-                        for id, row in rows[:_MAX_ROWS]
-                    ],
-                    "left_out": max(0, len(rows) - _MAX_ROWS),
-                }
-            )
-        else:
-            plain.append((name, _text(item)))
-    return ([{"name": "", "columns": [], "rows": plain, "left_out": 0}] if plain else []) + tables
-
-
-def _commands(run: Path, result: Mapping[str, Any]) -> list[str]:
-    commands = [f"pip install fedloom=={result['fedloom_version']}"] if result.get("fedloom_version") else []
-    recipe = shlex.quote(str(run / "recipe.yaml"))
-    commands.append(f"fedloom run {recipe} output_dir={shlex.quote(str(run) + '-again')}")
-    return commands
+    rows = [
+        [text_cell(client), arm_cell(arm), cell(count, lambda x: f"{x:,.0f}"), text_cell(reason, 300)]
+        for (arm, client), (count, reason) in sorted(found.items(), key=lambda one: -one[1][0])[:MOST_ROWS]
+    ]
+    columns = [
+        Column("client", text=True),
+        Column("arm", text=True),
+        Column("rounds"),
+        Column("last reason", text=True),
+    ]
+    return [Table("Clients that failed", columns, rows)] if rows else []

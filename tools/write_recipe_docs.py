@@ -37,8 +37,9 @@ A recipe is a YAML file. Everything but `model`, `data.path` and one of `local_s
 at once, each with its line.
 
 - **Blocks**: keys stand in their block (`client: {learning_rate: 2e-4}`). Names are unique, so a key may also stand
-  flat at the top (`learning_rate: 2e-4`), but for `kind` and `limit`, which several blocks have. A key in a wrong block
-  is an error that names the right one.
+  flat at the top (`learning_rate: 2e-4`), but for `kind` and `limit`, which several blocks have, and `data.name`: a
+  flat `name` is the run's. A key in a wrong block is an error that names the right one. A block that is only a word
+  means its `kind`, and `data: fed-dolly` means `data.path`.
 - **On the command line**: `client.learning_rate=1e-4`, `learning_rate=1e-4`, `--client.learning_rate 1e-4` and
   `--learning-rate 1e-4` are the same. What comes later wins.
 - **Values** are read by the type of their key: `2e-4` is a number, `no` is false where true or false is expected and a

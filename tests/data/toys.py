@@ -84,7 +84,7 @@ def tokenizer(
 class Data:
     """Stands for the recipe's block `data`."""
 
-    path: str
+    path: str = ""
     test_path: str | None = None
     type: str = "auto"
     columns: dict[str, str] = field(default_factory=dict)
@@ -95,6 +95,7 @@ class Data:
     limit: int | None = None
     cache: bool = True
     train_on_inputs: bool = False
+    name: str | None = None
 
 
 @dataclass(frozen=True)

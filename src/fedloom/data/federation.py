@@ -16,7 +16,8 @@ from fedloom.data import keys as columns
 from fedloom.data import split as splitting
 from fedloom.data.keys import Groups, Keys, Numbers
 from fedloom.data.pairs import sides
-from fedloom.data.rows import Source, as_rows, read
+from fedloom.data.rows import Source, as_rows
+from fedloom.data.sources import sources_of
 from fedloom.data.split import Parts
 from fedloom.data.store import Row, Rows, Some
 from fedloom.data.templates import Layout, Tokenizer
@@ -41,6 +42,8 @@ PARTS = ("train", "validation", "test")
 class DataSettings(Protocol):
     """The recipe's block `data`."""
 
+    @property
+    def name(self) -> str | None: ...  # of a set of the catalogue
     @property
     def path(self) -> str: ...
     @property
@@ -231,24 +234,10 @@ def prepare(data: DataSettings, split: SplitSettings, tokenizer: Tokenizer, seed
     Raises:
         UserError: anything in the data or in what is asked of it; nothing is patched up silently.
     """
-    beside = [data.test_path] if data.test_path else []
-    settings: dict[str, Any] = {"type": data.type, "columns": data.columns, "limit": data.limit, "cache": data.cache}
-    source = read(data.path, **settings, seed=seed, exclude=beside)
+    source, tests = sources_of(data, seed)
     kind = split.kind or ("natural" if source.natural is not None else "iid")
     if kind not in SPLITS:
         raise UserError(f"split.kind {kind!r}: no such split{suggest(kind, SPLITS)}", code="split.kind")
-    if data.test_path and source.natural is not None:
-        raise UserError(
-            f"data.test_path is set, but {data.path} brings its own test rows",
-            hint="leave it out",
-            code="data.test_path",
-        )
-    tests: Source | None = None
-    if data.test_path:
-        tests = read(data.test_path, **settings, seed=seed)
-        if tests.kind != source.kind:
-            raise UserError(f"data.path reads as {source.kind}, but data.test_path as {tests.kind}", code="data.mixed")
-
     plan = _plan(data, split, kind, source, tests, seed)
     plan.parts, crossing = _without_crossing(plan.parts, plan.content)
     if crossing:

@@ -144,6 +144,7 @@ def read(
     seed: int = 0,
     exclude: Iterable[str] = (),
     files: Sequence[Path] | None = None,
+    stream: Iterable[Mapping[str, Any]] | None = None,
     parse: Parse | None = None,
     convert: Convert | None = None,
     cache: bool = True,
@@ -154,8 +155,9 @@ def read(
     the first ones of a file, and of several files the same number from each. `seed` is for built-in tasks, whose rows
     are made. `exclude` are files of the folder that are left alone (the test file, when it lies beside the others).
 
-    For named sets: `files` are read in place of what `path` names, `parse` makes rows of a text file, and `convert`
-    changes each raw row before it is looked at. `cache=False` neither looks for what was read before nor keeps it.
+    For named sets: `files`, or the raw rows of `stream`, are read in place of what `path` names, which is then only a
+    name for messages; `parse` makes rows of a text file; `convert` changes each raw row before it is looked at.
+    `cache=False` neither looks for what was read before nor keeps it.
 
     Raises:
         UserError: nothing there, not readable, not UTF-8, not recognised, or no usable row; it names file and line.
@@ -170,11 +172,15 @@ def read(
     if path.startswith("builtin:"):
         return _read_builtin(path, limit=limit, seed=seed)
 
-    files = _files_of(path, exclude) if files is None else files
     settings: dict[str, Any] = {"type": type, "columns": dict(columns or {}), "limit": limit}
+    files = files_of(path, exclude) if files is None and stream is None else files
     if files is None:  # what a hub has under a name may change, so it is asked anew each time
-        openers: _Openers = [("", lambda: _hub_rows(path))]
-        entry = prepared("rows", {}, lambda folder: _gather(path, openers, folder, **settings), keep=False)
+        rows = stream if stream is not None else (row.value for row in _hub_rows(path))
+        raw = (_Raw(f"{path}, row {number:,}", row) for number, row in enumerate(rows, 1))
+        openers: _Openers = [("", lambda: raw)]
+        entry = prepared(
+            "rows", {}, lambda folder: _gather(path, openers, folder, convert=convert, **settings), keep=False
+        )
         return _source(path, entry)
     names = _stems(files) if len(files) > 1 else [""]
     openers = [(name, partial(_file_rows, file, parse)) for name, file in zip(names, files, strict=True)]
@@ -241,7 +247,7 @@ def objects(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         UserError: nothing there, not readable, not UTF-8, or not an object with named fields; it names file and line.
     """
-    files = _files_of(path, ())
+    files = files_of(path, ())
     if files is None:
         raise _missing(path, Path(path).expanduser())
     for file in files:
@@ -265,7 +271,7 @@ class _Raw(NamedTuple):
     value: Any
 
 
-def _files_of(path: str, exclude: Iterable[str]) -> list[Path] | None:
+def files_of(path: str, exclude: Iterable[str]) -> list[Path] | None:
     """The files that `path` names, sorted; None when it looks like a hub id.
 
     Raises:
@@ -746,6 +752,11 @@ def _recognise(
         hint=f"say which column is which: data.columns='{{{example}}}'",
         code="data.columns",
     )
+
+
+def field_names(kind: str) -> tuple[str, ...]:
+    """The fields that rows of this kind may have."""
+    return tuple(_NAMES[kind])
 
 
 def _needed(kind: str) -> list[str]:

@@ -151,6 +151,10 @@ for _key in _ALL:
     _HOMES.setdefault(_key.rpartition(".")[2], []).append(_key)
 
 
+# The key that a block means which is only a word: `adapter: lora`, as Axolotl has it, or `data: fed-dolly`.
+_SHORT = {block: "kind" for block, model in BLOCKS.items() if "kind" in model.model_fields} | {"data": "path"}
+
+
 def find_key(name: str) -> str:
     """The dotted key (or block) that a name means: a leaf, a dotted key, or another tool's spelling.
 
@@ -419,17 +423,17 @@ class _Collector:
                 self.leaf(block, leaf, value, place)
         elif isinstance(raw, _Scalar) and not raw.quoted and raw.text.lower() in ("", "~", "null"):
             return
-        elif isinstance(raw, _Scalar) and "kind" in BLOCKS[block].model_fields:
-            self.leaf(block, "kind", raw, place)  # `adapter: lora`, as Axolotl has it
+        elif isinstance(raw, _Scalar) and block in _SHORT:
+            self.leaf(block, _SHORT[block], raw, place)
         else:
             self.problem(block, f"expected a block of keys: {', '.join(BLOCKS[block].model_fields)}", place, raw)
 
     def leaf(self, block: str, leaf: str, raw: _Raw, place: _Place) -> None:
         said = f"{block}.{leaf}" if block else leaf
-        home, dot, sub = said.rpartition(".")
+        _, dot, sub = leaf.partition(".")
         fields = BLOCKS[block].model_fields if block else dict.fromkeys(_TOP)
-        if dot and home in ("data.columns", "evaluate.task_paths"):
-            self.put(home, {sub: raw}, place)
+        if dot and said.startswith("data.columns."):
+            self.put("data.columns", {sub: raw}, place)
         elif leaf in fields:
             self.put(said, raw, place)
         elif leaf in _HOMES:

@@ -9,7 +9,6 @@ Reading a recipe file, with every objection at once, is `fedloom.study.load`.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +17,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from fedloom.data.catalog import CATALOG, LOCAL, NamedSet
+from fedloom.errors import suggest
+
 __all__ = [
-    "BEST_BY",
     "BLOCKS",
     "CLIENT_OPTIM_DEFAULTS",
     "METHODS",
@@ -153,17 +154,6 @@ SERVER_OPTIM_DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "adagrad": {"server_learning_rate": 1e-2, "server_beta1": 0.0, "server_tau": 1e-3},
 }
 
-# What a checkpoint may be the best by, measured on the validation rows, and whether more is better. A benchmark task's
-# metric (TASK/METRIC) may stand in their place; there more is better.
-BEST_BY: Mapping[str, bool] = {
-    "loss": False,
-    "loss_plain_mean": False,
-    "loss_decile": False,
-    "score": True,
-    "score_plain_mean": True,
-    "score_decile": True,
-}
-
 COLUMN_NAMES = (
     "instruction", "input", "output", "category", "messages", "prompt", "completion", "text", "chosen", "rejected",
 )  # fmt: skip
@@ -180,10 +170,16 @@ class _Block(BaseModel):
 class DataRecipe(_Block):
     """Where the rows come from and how they become tokens."""
 
+    name: str | None = Field(
+        None,
+        description="A data set of the catalogue (`fedloom ls data`), `fed-dolly` say, which brings its columns, its "
+        "split and, where it is published with any, its test rows. `local` is any file.",
+    )
     path: str = Field(
         "",
         description="A json, jsonl, csv or parquet file, a folder of them, a Hugging Face data set id, or "
-        "`builtin:skills`, `builtin:arith` or `builtin:code`. Required; with model `builtin` it is `builtin:skills`.",
+        "`builtin:skills`, `builtin:arith` or `builtin:code`. Beside data.name: a copy of that set. Required without; "
+        "with model `builtin` it is `builtin:skills`. A name of the catalogue here is taken as data.name.",
     )
     test_path: str | None = Field(
         None, description="Rows to test on, from another file or data set. Without it test_set_size is set aside."
@@ -213,14 +209,19 @@ class DataRecipe(_Block):
     )
     test_set_size: Annotated[int, Field(strict=True, ge=0)] | Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
-        description=f"Test rows, as val_set_size. Default {DEFAULT_TEST_SHARE} without test_path; "
-        "built-in tasks bring their own.",
+        description=f"Test rows, as val_set_size. Default {DEFAULT_TEST_SHARE} without test_path. Built-in tasks bring "
+        "their own, and so do named sets that are published with test rows, unless this is given.",
     )
     limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Read no more than this many rows.")
     train_on_inputs: bool = Field(False, description="Put the loss on the prompt as well as on the answer.")
     cache: bool = Field(
         True, description="Keep the prepared data for the next time ($FEDLOOM_CACHE, 20 GB): fedloom cache shows it."
     )
+
+    @property
+    def label(self) -> str:
+        """What the rows are called in a sentence."""
+        return self.path or self.name or ""
 
     @field_validator("columns")
     @classmethod
@@ -396,9 +397,7 @@ class RuntimeRecipe(_Block):
 class EvaluateRecipe(_Block):
     """What is measured, and when."""
 
-    eval_rounds: Annotated[int, Field(ge=0)] = Field(
-        5, description="Validate every so many rounds, besides before the first and after the last; 0 only then."
-    )
+    eval_rounds: Annotated[int, Field(ge=0)] = Field(5, description="Validate every so many rounds; 0 only at the end.")
     score: Literal["auto", "none", "exact", "final_number", "pass_at_1"] = Field(
         "auto", description="How an answer is judged; `auto` is the task's own, or none where nothing is known."
     )
@@ -409,66 +408,17 @@ class EvaluateRecipe(_Block):
         None, description="Longest generated answer. Default: the built-in task's own, else 256."
     )
     eval_batch_size: Annotated[int, Field(ge=1)] = Field(16, description="Examples in one pass of evaluation.")
-    score_validation: bool = Field(
-        False,
-        description="Score the validation rows too at each validation, up to limit per client. Done anyway where "
-        "best_by is a score.",
-    )
-    best_by: str | None = Field(
+    best_by: Literal["loss", "score"] | None = Field(
         None,
-        description="What makes a checkpoint the best: of the validation rows "
-        f"{', '.join(f'`{key}`' for key in BEST_BY)} (a decile is the mean of the worst tenth of the clients), or "
-        "`TASK/METRIC` of a benchmark. Default loss where there are validation rows; where there is nothing to choose "
-        "by, the last checkpoint is the best.",
-    )
-    early_stopping_patience: Annotated[int, Field(ge=1)] | None = Field(
-        None,
-        description="Stop an arm after so many evaluations in a row that are no better by best_by than the best so "
-        "far. `null` is off.",
-    )
-    early_stopping_threshold: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="By how much better counts as better. Default 0. Only with early_stopping_patience."
-    )
-    equal_samples: bool = Field(
-        True,
-        description="Where `local` is one of the arms: test the federated and the global arm also after the round in "
-        "which their model has seen as many samples as one local model sees in the whole run.",
-    )
-    tasks: list[str] = Field(
-        default_factory=list,
-        description="Benchmarks that each arm's model is put to at the end, by name: `[gsm8k, mmlu]`.",
-    )
-    task_paths: dict[str, str] = Field(
-        default_factory=dict,
-        description="Where a benchmark's published files lie, for example `{gsm8k: test.jsonl}`. Default: below "
-        "$FEDLOOM_DATA.",
-    )
-    task_limit: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="No more than this many items of a benchmark (of each subject, where it has subjects)."
-    )
-    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Worked examples before each question. Default: the benchmark's own number."
-    )
-    task_rounds: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Run the benchmarks every so many rounds as well, and before the first."
-    )
-    task_clients: Annotated[int, Field(ge=1)] | None = Field(
-        None,
-        description="Where each client has a model of its own (`local`, personalised methods), a benchmark's figure is "
-        "their mean: take the models of only so many clients, the first ones.",
+        description="What makes a checkpoint the best, on the validation rows. Default loss where there are any.",
     )
 
 
 class CheckpointRecipe(_Block):
-    """What is kept to go on from, and what comes out."""
+    """What is kept to go on from."""
 
     save_rounds: Annotated[int, Field(ge=1)] = Field(1, description="Save every so many rounds.")
     save_total_limit: Annotated[int, Field(ge=1)] = Field(2, description="Checkpoints kept per arm, besides the best.")
-    export: Literal["last", "best"] | None = Field(
-        None,
-        description="The state of an arm that is tested and written to `adapter/`: after its last round, or the best "
-        "one. Default last, with early stopping best. The other one can be had by `--checkpoint`.",
-    )
 
 
 class Recipe(_Block):
@@ -578,8 +528,7 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             return filled  # not a block at all: validation says so
     data, split, client = filled["data"], filled["split"], filled["client"]
-    server, runtime = filled["server"], filled["runtime"]
-    evaluate, saved = filled["evaluate"], filled["checkpoint"]
+    server, runtime, evaluate = filled["server"], filled["runtime"], filled["evaluate"]
 
     def settle(block: dict[str, Any], defaults: Mapping[str, Any]) -> None:
         for key, value in defaults.items():
@@ -602,24 +551,31 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
     if server.get("kind") == "optimize":
         settle(server, row(SERVER_OPTIM_DEFAULTS, server.get("server_optim")))
 
-    if filled.get("model") == "builtin":
+    if data.get("name") is None and _named(data.get("path")) is not None:
+        data["name"] = data["path"]
+    if data.get("name") is not None and data.get("path") == data["name"]:
+        data["path"] = ""
+    named = _named(data.get("name"))
+    if filled.get("model") == "builtin" and data.get("name") is None:
         settle(data, {"path": "builtin:skills"})
     if _is_builtin(data.get("path")):
         settle(split, {"kind": "natural"})
     else:
-        if data.get("test_path") is None:
+        if named is not None:
+            if split.get("kind") in (None, named.split.get("kind")):
+                settle(split, named.split)
+            if named.score is not None and evaluate.get("score", "auto") == "auto":
+                evaluate["score"] = named.score
+        if data.get("test_path") is None and (named is None or not named.has_test):
             settle(data, {"test_set_size": DEFAULT_TEST_SHARE})
         if evaluate.get("score") != "none":
             settle(evaluate, {"max_new_tokens": 256})
     if split.get("kind", "iid") in ("iid", "dirichlet", "shards", "quantity_skew"):
-        settle(split, {"clients": DEFAULT_CLIENTS})
+        settle(split, {"clients": (named.clients if named is not None else None) or DEFAULT_CLIENTS})
     if split.get("kind") == "shards":
         settle(split, {"shards_per_client": DEFAULT_SHARDS})
     if data.get("val_set_size") != 0:
         settle(evaluate, {"best_by": "loss"})
-    if evaluate.get("early_stopping_patience") is not None:
-        settle(evaluate, {"early_stopping_threshold": 0.0})
-    settle(saved, {"export": "last" if evaluate.get("early_stopping_patience") is None else "best"})
     if runtime.get("kind", "batched") == "batched":
         settle(runtime, {"clients_per_batch": "auto"})
     per_round = filled.get("clients_per_round")
@@ -632,6 +588,10 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
     if not filled.get("output_dir"):
         filled["output_dir"] = f"runs/{filled['name']}"
     return filled
+
+
+def _named(name: object) -> NamedSet | None:
+    return CATALOG.get(name) if isinstance(name, str) else None
 
 
 class Objection(NamedTuple):
@@ -652,8 +612,15 @@ def objections(recipe: Recipe) -> Iterator[Objection]:
 
 def _data_objections(recipe: Recipe) -> Iterator[Objection]:
     data = recipe.data
-    if not data.path:
-        yield Objection(("data.path",), "missing: a file, a folder, a hub id, or builtin:skills")
+    if data.name is not None and data.name not in (*CATALOG, LOCAL):
+        known = suggest(data.name, [*CATALOG, LOCAL])
+        yield Objection(("data.name",), f"{data.name}, but there is no such data set{known}: fedloom ls data")
+    if data.name is not None and (data.path in CATALOG or _is_builtin(data.path)):
+        yield Objection(("data.path", "data.name"), f"{data.path}, but data.name is {data.name}: leave one of them out")
+    if not data.path and data.name in (None, LOCAL):
+        yield Objection(
+            ("data.path",), "missing: a file, a folder, a hub id, builtin:skills, or a name that fedloom ls data shows"
+        )
     if _is_builtin(data.path):
         natural = recipe.split.kind == "natural"
         given: dict[str, Any] = {
@@ -697,7 +664,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _split_objections(recipe: Recipe) -> Iterator[Objection]:
     split = recipe.split
-    if split.kind == "natural" and recipe.data.path and not _is_builtin(recipe.data.path):
+    if split.kind == "natural" and (recipe.data.path or recipe.data.name) and not _is_builtin(recipe.data.path):
         yield Objection(
             ("split.kind", "data.path"),
             "natural is what built-in tasks bring; your own data takes iid, dirichlet, shards, quantity_skew, "
@@ -854,104 +821,12 @@ def _evaluate_objections(recipe: Recipe) -> Iterator[Objection]:
             ("evaluate.max_new_tokens", "evaluate.score"),
             f"{evaluate.max_new_tokens} would have no effect: score is none, so nothing is generated",
         )
-    if evaluate.score == "none" and evaluate.score_validation:
-        yield Objection(
-            ("evaluate.score_validation", "evaluate.score"),
-            "true would have no effect: score is none, so nothing is scored",
-        )
-    yield from _best_objections(recipe)
-    yield from _task_objections(recipe)
-
-
-def _best_objections(recipe: Recipe) -> Iterator[Objection]:
-    evaluate = recipe.evaluate
-    best_by = evaluate.best_by
-    task, slash, metric = (best_by or "").partition("/")
-    if best_by is not None and slash:
-        if task not in evaluate.tasks or not metric:
-            yield Objection(
-                ("evaluate.best_by", "evaluate.tasks"),
-                f"{best_by}, but evaluate.tasks is {yaml_value(evaluate.tasks)}: a TASK/METRIC names one of them",
-            )
-        elif evaluate.task_rounds is None:
-            yield Objection(
-                ("evaluate.best_by", "evaluate.task_rounds"),
-                f"{best_by}, but the benchmarks run only at the end: set evaluate.task_rounds",
-            )
-    elif best_by is not None and best_by not in BEST_BY:
-        near = difflib.get_close_matches(best_by, BEST_BY, n=1)
-        yield Objection(
-            ("evaluate.best_by",),
-            f"{best_by}, which is none of {', '.join(BEST_BY)} and no TASK/METRIC"
-            + (f"; did you mean {near[0]}?" if near else ""),
-        )
-    elif best_by is not None and BEST_BY[best_by] and evaluate.score == "none":
-        yield Objection(("evaluate.best_by", "evaluate.score"), f"{best_by}, but evaluate.score is none: best_by: loss")
-    if best_by is not None and not slash and recipe.data.val_set_size == 0:
+    if evaluate.best_by == "score" and evaluate.score == "none":
+        yield Objection(("evaluate.best_by", "evaluate.score"), "score, but evaluate.score is none: best_by: loss")
+    if evaluate.best_by is not None and recipe.data.val_set_size == 0:
         yield Objection(
             ("evaluate.best_by", "data.val_set_size"),
-            f"{best_by} would have no effect: data.val_set_size is 0, so there is nothing to choose by",
-        )
-    patience = evaluate.early_stopping_patience
-    if patience is None and evaluate.early_stopping_threshold is not None:
-        yield Objection(
-            ("evaluate.early_stopping_threshold", "evaluate.early_stopping_patience"),
-            f"{evaluate.early_stopping_threshold} would have no effect: early_stopping_patience is not set",
-        )
-    if patience is not None and best_by is None:
-        yield Objection(
-            ("evaluate.early_stopping_patience", "data.val_set_size", "evaluate.best_by"),
-            f"{patience}, but data.val_set_size is 0, so there is nothing to stop by: set aside validation rows",
-        )
-    elif patience is not None and not slash and evaluate.eval_rounds == 0:
-        yield Objection(
-            ("evaluate.early_stopping_patience", "evaluate.eval_rounds"),
-            f"{patience}, but eval_rounds is 0, so nothing is measured before the end: eval_rounds: 1, say",
-        )
-    if recipe.checkpoint.export == "best" and best_by is None:
-        yield Objection(
-            ("checkpoint.export", "data.val_set_size", "evaluate.best_by"),
-            "best, but data.val_set_size is 0, so there is nothing to choose by: export: last, or validation rows",
-        )
-
-
-def _task_objections(recipe: Recipe) -> Iterator[Objection]:
-    evaluate = recipe.evaluate
-    twice = sorted({task for task in evaluate.tasks if evaluate.tasks.count(task) > 1})
-    if twice:
-        yield Objection(("evaluate.tasks",), f"{', '.join(twice)} is named twice")
-    if not evaluate.tasks:
-        given: dict[str, Any] = {
-            "task_paths": evaluate.task_paths or None,
-            "task_limit": evaluate.task_limit,
-            "num_fewshot": evaluate.num_fewshot,
-            "task_rounds": evaluate.task_rounds,
-            "task_clients": evaluate.task_clients,
-        }
-        for key, value in given.items():
-            if value is not None:
-                yield Objection(
-                    (f"evaluate.{key}", "evaluate.tasks"),
-                    f"{yaml_value(value)} would have no effect: evaluate.tasks is empty",
-                )
-        return
-    for task in evaluate.task_paths:
-        if task not in evaluate.tasks:
-            yield Objection(
-                ("evaluate.task_paths", "evaluate.tasks"),
-                f"{task} is none of evaluate.tasks, which are {', '.join(evaluate.tasks)}",
-            )
-    personal = recipe.client.shared != "all" and "federated" in recipe.arms
-    if evaluate.task_clients is not None and "local" not in recipe.arms and not personal:
-        yield Objection(
-            ("evaluate.task_clients", "arms"),
-            f"{evaluate.task_clients} would have no effect: no client has a model of its own in these arms",
-        )
-    if personal and recipe.runtime.kind == "loopback":
-        yield Objection(
-            ("evaluate.tasks", "runtime.kind", "client.shared"),
-            f"{yaml_value(evaluate.tasks)}, but with runtime.kind loopback what is not shared never leaves a client, "
-            "and the benchmarks are not there: runtime.kind: batched",
+            f"{evaluate.best_by} would have no effect: data.val_set_size is 0, so there is nothing to choose by",
         )
 
 
@@ -1009,7 +884,7 @@ def _said(block: BaseModel) -> dict[str, Any]:
         value = getattr(block, key)
         if isinstance(value, BaseModel):
             value = _said(value)
-        elif (value is None and field.default is None) or value in ({}, []):
+        elif (value is None and field.default is None) or value == {} or (key == "path" and not value):
             continue
         values[key] = value
     if isinstance(block, Recipe) and block.split.kind == "natural":

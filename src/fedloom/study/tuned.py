@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedloom.data.catalog import CATALOG
 from fedloom.data.federation import ClientData, Federation
 from fedloom.data.rows import Row, read
+from fedloom.data.sources import sources_of
 from fedloom.data.templates import layout_for
 from fedloom.data.tokens import Examples, prompt_ids, tokenise
 from fedloom.errors import RunError, UserError
@@ -236,7 +238,8 @@ def evaluate_run(
     """Measure a run's model on its own test rows, or on all rows of other data.
 
     Args:
-        data: a file, a folder or a hub id; a built-in task stands for its test rows. None: the run's own test rows.
+        data: a file, a folder, a hub id or a named set; built-in tasks and sets that have test rows stand for those.
+            None: the run's own test rows.
         base_only: the untouched base in place of the tuned model.
         limit: test rows that are scored, per client.
         score: another score than the recipe's.
@@ -266,14 +269,18 @@ def evaluate_run(
     runtime = batched(width_of(recipe, session.federation, session.base))
     outcome = one_model(runtime.evaluate(algorithm, adapter, state, clients, measured.own))
     rows = sum(len(client.test) for client in federation.clients.values())
-    return Evaluated(data or recipe.data.path, measured.score, rows, outcome)
+    return Evaluated(data or recipe.data.label, measured.score, rows, outcome)
 
 
 def _only_tests(federation: Federation, recipe: Recipe, data: str) -> Federation:
     """Other data as a federation of one whose rows are all for testing."""
     settings = recipe.data
-    same = Path(data).suffix == Path(settings.path).suffix  # other names of columns belong to the run's own files
-    source = read(data, columns=settings.columns if same else None, seed=recipe.seed)
+    if data in CATALOG:
+        source, tests = sources_of(DataRecipe(name=data), recipe.seed)
+        source = tests or source
+    else:
+        same = Path(data).suffix == Path(settings.path).suffix  # other names of columns belong to the run's own files
+        source = read(data, columns=settings.columns if same else None, seed=recipe.seed)
     rows: Sequence[Row] = source.rows
     if source.natural is not None:
         rows = [rows[row] for parts in source.natural.values() for row in parts.get("test", ())]

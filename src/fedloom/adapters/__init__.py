@@ -1,5 +1,17 @@
-"""One file per PEFT kind; each works with the cohort axis."""
+"""One file per PEFT kind, each with the cohort axis."""
 
 from fedloom.adapters.lora import Lora, lora
+from fedloom.adapters.p_tuning import PTuning, p_tuning
+from fedloom.adapters.prefix_tuning import PrefixTuning, prefix_tuning
+from fedloom.adapters.prompt_tuning import PromptTuning, prompt_tuning
 
-__all__ = ["Lora", "lora"]
+__all__ = [
+    "Lora",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
+    "lora",
+    "p_tuning",
+    "prefix_tuning",
+    "prompt_tuning",
+]

@@ -18,15 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedloom.adapters.frame import Frame, adapter_dtype, check_tree
 from fedloom.adapters.targets import features, find_targets
 from fedloom.errors import UserError
-from fedloom.models.causal import CausalLM
 from fedloom.ops.low_rank import MERGE_A, MERGE_B, A, B, beside, slimmed
-from fedloom.seeds import generator, seed_of
-from fedloom.types import FIXED, Batch, Client, Tree
+from fedloom.seeds import generator
+from fedloom.types import FIXED, Client, Tree
 
 SCALE = FIXED + "lora_scale"  # a client's alpha / rank, a leaf of its tree because ranks differ inside a cohort
-SEED = "seed"  # optional leaf [C] of a batch: with it dropout is drawn, without it there is none
 PEFT_PREFIX = "base_model.model."
 
 
@@ -86,10 +85,11 @@ class Lora:
         sites: Mapping[str, nn.Module],
         base_name: str,
     ) -> None:
-        self.model = model.requires_grad_(False).eval()
+        frame = Frame(model, self._bind)
+        self.model, self.causal, self.bound = frame.model, frame.causal, frame.bound
+        self.loss, self.nll = frame.loss, frame.nll
         self.rank, self.alpha, self.dropout, self.base_name = rank, alpha, dropout, base_name
         self.sites = dict(sites)
-        self.causal = CausalLM(model)
         self._bound: dict[str, _Bound] = {}
         self._base: Tree = {}
         self._original: dict[str, Tensor] = {}
@@ -108,7 +108,7 @@ class Lora:
         tree: dict[str, Tensor] = {}
         for name, layer in self.sites.items():
             d, o = features(layer)
-            dtype, device = _adapter_dtype(layer), layer.weight.device
+            dtype, device = adapter_dtype(layer.weight), layer.weight.device
             draw = generator(seed, 0, "", f"lora_A/{name}")
             bound = 1 / math.sqrt(d)
             a_RD = torch.empty(self.rank, d, dtype=torch.float64).uniform_(-bound, bound, generator=draw)
@@ -150,30 +150,6 @@ class Lora:
             name: leaf[: client.rank] if name.endswith(A) else leaf[:, : client.rank] * factor
             for name, leaf in delta.items()
         }
-
-    def loss(self, tree_C: Tree, batch_CBT: Batch) -> Tensor:
-        """loss_C: mean over each client's answer tokens, in nats. A client without any has loss 0."""
-        nll_M, client_M, count_C = self._nll(tree_C, batch_CBT)
-        weight_C = 1 / count_C.clamp(min=1).to(nll_M.dtype)
-        return torch.zeros_like(weight_C).index_add(0, client_M, nll_M * weight_C[client_M])
-
-    @torch.no_grad()
-    def nll(self, tree_C: Tree, batch_CBT: Batch) -> tuple[Tensor, Tensor]:
-        nll_M, client_M, count_C = self._nll(tree_C, batch_CBT)
-        return torch.zeros_like(count_C, dtype=torch.float64).index_add(0, client_M, nll_M.double()), count_C
-
-    def _nll(self, tree_C: Tree, batch_CBT: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        ids_CBT, labels_CBT = batch_CBT["input_ids"], batch_CBT["labels"]
-        c, b, _ = ids_CBT.shape
-        with self._bind(tree_C, batch_CBT.get(SEED)):
-            nll_M, row_M = self.causal.nll(ids_CBT.flatten(0, 1), labels_CBT.flatten(0, 1))
-        client_M = row_M // b
-        return nll_M, client_M, torch.bincount(client_M, minlength=c)
-
-    @contextlib.contextmanager
-    def bound(self, tree_C: Tree) -> Iterator[nn.Module]:
-        with self._bind(tree_C, None):
-            yield self.model
 
     def sync(self, base: Tree) -> None:
         """Frozen weights := original + merge_B @ merge_A, computed from the original each time: nothing drifts."""
@@ -243,21 +219,11 @@ class Lora:
 
     def check(self, tree: Tree) -> None:
         """Raise UserError when `tree` is not made for this model and rank; the message lists what differs."""
-        wanted = {}
+        wanted: dict[str, tuple[int, ...]] = {}
         for name, layer in self.sites.items():
             d, o = features(layer)
             wanted[f"{name}.{A}"], wanted[f"{name}.{B}"] = (self.rank, d), (o, self.rank)
-        problems = [f"missing {name}" for name in wanted if name not in tree]
-        problems += [f"unexpected {name}" for name in tree if name not in wanted and not name.startswith(FIXED)]
-        problems += [
-            f"{name} is {list(tree[name].shape)}, expected {list(shape)}"
-            for name, shape in wanted.items()
-            if name in tree and tuple(tree[name].shape) != shape
-        ]
-        if problems:
-            shown = "\n  - ".join(problems[:6])
-            more = f"\n  and {len(problems) - 6} more" if len(problems) > 6 else ""
-            raise UserError(f"the adapter does not match the model:\n  - {shown}{more}", code="adapter.mismatch")
+        check_tree(tree, wanted)
 
     def load(self, path: Path) -> dict[str, Tensor]:
         """Read a PEFT adapter folder written for this model, rank and scale.
@@ -274,7 +240,7 @@ class Lora:
             )
         tensors = load_file(path / "adapter_model.safetensors")
         first = next(iter(self.sites.values()))
-        dtype, device = _adapter_dtype(first), first.weight.device
+        dtype, device = adapter_dtype(first.weight), first.weight.device
         tree = {
             name.removeprefix(PEFT_PREFIX): leaf.to(dtype).to(device)  # type: ignore[arg-type]
             for name, leaf in tensors.items()
@@ -286,8 +252,6 @@ class Lora:
 
     @contextlib.contextmanager
     def _bind(self, tree_C: Tree, seed_C: Tensor | None) -> Iterator[None]:
-        if self._bound:
-            raise RuntimeError("a tree is bound to this adapter already")
         first = next(iter(tree_C.values()))
         c = first.shape[0]
         scale_C = tree_C.get(SCALE)
@@ -348,15 +312,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path} is a {config.get('peft_type')} adapter; only LoRA is read here", code="adapter.kind")
     return config
-
-
-def dropout_seed(seed: int, round: int, client: str, step: int) -> int:
-    """The value of a batch's `SEED` leaf for one client and step."""
-    return seed_of(seed, round, client, f"dropout/{step}")
-
-
-def _adapter_dtype(layer: nn.Module) -> torch.dtype:
-    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
 def _short_names(model: nn.Module, sites: Mapping[str, nn.Module]) -> list[str]:

@@ -1,0 +1,101 @@
+"""What every kind of adapter does alike: losses and the bound model, given a way to put a tree on.
+
+Shape suffixes: C clients, B examples per client, T tokens, M labelled positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedloom.errors import UserError
+from fedloom.models.causal import CausalLM
+from fedloom.types import FIXED, Batch, Client, Tree
+
+SEED = "seed"  # optional leaf [C] of a batch: with it dropout is drawn, without it there is none
+
+Bind = Callable[[Tree, Tensor | None], AbstractContextManager[None]]  # tree_C, seed_C -> the tree is on while it lasts
+
+
+class Frame:
+    """One frozen causal LM under an adapter; `bind` puts a cohort's tree on it, one at a time."""
+
+    def __init__(self, model: nn.Module, bind: Bind) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.causal = CausalLM(model)
+        self._put = bind
+        self._busy = False
+
+    @contextlib.contextmanager
+    def bind(self, tree_C: Tree, seed_C: Tensor | None = None) -> Iterator[None]:
+        if self._busy:
+            raise RuntimeError("a tree is bound to this adapter already")
+        self._busy = True
+        try:
+            with self._put(tree_C, seed_C):
+                yield
+        finally:
+            self._busy = False
+
+    def loss(self, tree_C: Tree, batch_CBT: Batch) -> Tensor:
+        """loss_C: mean over each client's answer tokens, in nats. A client without any has loss 0."""
+        nll_M, client_M, count_C = self._nll(tree_C, batch_CBT)
+        weight_C = 1 / count_C.clamp(min=1).to(nll_M.dtype)
+        return torch.zeros_like(weight_C).index_add(0, client_M, nll_M * weight_C[client_M])
+
+    @torch.no_grad()
+    def nll(self, tree_C: Tree, batch_CBT: Batch) -> tuple[Tensor, Tensor]:
+        """(sum_C, count_C): summed negative log-likelihood and the number of answer tokens."""
+        nll_M, client_M, count_C = self._nll(tree_C, batch_CBT)
+        return torch.zeros_like(count_C, dtype=torch.float64).index_add(0, client_M, nll_M.double()), count_C
+
+    def _nll(self, tree_C: Tree, batch_CBT: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        ids_CBT, labels_CBT = batch_CBT["input_ids"], batch_CBT["labels"]
+        c, b, _ = ids_CBT.shape
+        with self.bind(tree_C, batch_CBT.get(SEED)):
+            nll_M, row_M = self.causal.nll(ids_CBT.flatten(0, 1), labels_CBT.flatten(0, 1))
+        client_M = row_M // b
+        return nll_M, client_M, torch.bincount(client_M, minlength=c)
+
+    @contextlib.contextmanager
+    def bound(self, tree_C: Tree) -> Iterator[nn.Module]:
+        """Within it the model is the tuned one, for inputs of [C * B, T] with the cohort axis outermost."""
+        with self.bind(tree_C):
+            yield self.model
+
+
+def adapter_dtype(weight: Any) -> torch.dtype:
+    """Adapters are float32 whatever the base has; a float64 base keeps float64."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def check_tree(tree: Tree, wanted: dict[str, tuple[int, ...]]) -> None:
+    """Raise UserError when `tree` has not these leaves of these shapes; the message lists what differs."""
+    problems = [f"missing {name}" for name in wanted if name not in tree]
+    problems += [f"unexpected {name}" for name in tree if name not in wanted and not name.startswith(FIXED)]
+    problems += [
+        f"{name} is {list(tree[name].shape)}, expected {list(shape)}"
+        for name, shape in wanted.items()
+        if name in tree and tuple(tree[name].shape) != shape
+    ]
+    if problems:
+        shown = "\n  - ".join(problems[:6])
+        more = f"\n  and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise UserError(f"the adapter does not match the model:\n  - {shown}{more}", code="adapter.mismatch")
+
+
+def no_own_rank(kind: str, client: Client) -> None:
+    """Raise UserError when a client has a rank and the kind has none."""
+    if client.rank is not None:
+        raise UserError(f"client {client.id!r} has rank {client.rank}, and {kind} has no ranks", code="adapter.rank")
+
+
+def merges_nothing(kind: str, base: Tree) -> None:
+    """Raise UserError when something was merged into the frozen weights of a kind that merges nothing."""
+    if base:
+        raise UserError(f"{kind} merges nothing into the frozen weights", code="adapter.base")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tools.write_recipe_docs import document, schema_text
 
+from fedloom.errors import UserError
 from fedloom.study.load import find_key, packaged_recipes, read_recipe, validate_text
 from fedloom.study.recipe import BLOCKS, METHOD_LINES, METHODS, DataRecipe, Recipe, resolved_yaml, yaml_value
 
@@ -237,3 +238,42 @@ def test_reading_a_recipe_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["adapter.kind=p_tuning", "adapter.lora_r=4"],
+            "adapter.lora_r 4: would have no effect, kind is p_tuning",
+        ),
+        (["adapter.num_virtual_tokens=4"], "adapter.num_virtual_tokens 4: would have no effect, kind is lora"),
+        (["adapter.kind=prompt_tuning", "method=flora"], "it works on LoRA's factors"),
+        (["adapter.kind=prefix_tuning", "method=ffa_lora"], "it works on LoRA's factors"),
+        (["method=fedsa_lora", "client.trainable=lora_B"], "what is sent must be trained in every round"),
+        (["method=flora", "client.trainable=lora_B"], "flora is for clients that train both factors"),
+        (["aggregate.norm_weighted=true"], "would have no effect, kind is mean; het_lora has it"),
+        (["method=flora", "server.kind=optimize", "server.server_optim=adam"], None),
+    ],
+)
+def test_kinds_of_adapters_and_lora_methods_refuse_what_has_no_effect(words, said):
+    from fedloom.study.build import algorithm_of
+
+    text = "model: builtin\nlocal_steps: 1\n"
+    if said is None:
+        recipe, _ = validate_text(text, words)
+        with pytest.raises(UserError, match="flora proposes new factors"):
+            algorithm_of(recipe)
+        return
+    with pytest.raises(UserError) as caught:
+        validate_text(text, words)
+    assert said in str(caught.value)
+
+
+def test_each_kind_of_adapter_has_its_own_settings_and_no_others():
+    from fedloom.study.recipe import ADAPTER_DEFAULTS, resolved_json
+
+    for kind, settings in ADAPTER_DEFAULTS.items():
+        recipe, _ = validate_text("model: builtin\nlocal_steps: 1\n", [f"adapter.kind={kind}"])
+        said = resolved_json(recipe)["adapter"]
+        assert said == {"kind": kind, **{key: value for key, value in settings.items() if value is not None}}

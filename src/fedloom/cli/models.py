@@ -147,7 +147,9 @@ def export(
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="A folder that is not there yet.")],
     kind: Annotated[
         ExportFormat,
-        typer.Option("--format", help="lora: a PEFT adapter; merged: a model with the adapter in its weights."),
+        typer.Option(
+            "--format", help="lora: a PEFT adapter folder, of whatever kind; merged: a model with LoRA in its weights."
+        ),
     ] = ExportFormat.lora,
     model: Model = None,
 ) -> None:

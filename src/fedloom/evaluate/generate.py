@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fedloom.errors import UserError
 from fedloom.evaluate.sampling import Sampling
+from fedloom.models.causal import positions_of
 from fedloom.models.load import stop_ids
 from fedloom.types import Adapter, Tree
 
@@ -173,8 +174,8 @@ def _until(row: list[int], stops: Sequence[int]) -> list[int]:
 
 def _room(model: nn.Module, longest: int, max_new_tokens: int) -> int:
     """New tokens that the model's positions allow after the batch's longest prompt."""
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if not isinstance(positions, int) or longest + max_new_tokens <= positions:
+    positions = positions_of(model)
+    if positions is None or longest + max_new_tokens <= positions:
         return max_new_tokens
     room = max(0, positions - longest)
     logger.warning(

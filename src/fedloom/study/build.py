@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedloom.adapters import Lora, lora
+from fedloom.adapters import lora, p_tuning, prefix_tuning, prompt_tuning
 from fedloom.aggregates import fedex_lora, flex_lora, flora, het_lora, mean
 from fedloom.clients import alternate, local_only, sgd_client, split_personal
 from fedloom.data.batches import steps_per_epoch
@@ -73,22 +73,49 @@ SERVERS: Mapping[str, Callable[[ServerRecipe], ServerUpdate]] = {
 
 AGGREGATES: Mapping[str, Callable[[Recipe], Aggregate]] = {
     "mean": lambda r: mean(),
-    "flora": lambda r: flora(r.adapter.lora_alpha / r.adapter.lora_r),
+    "flora": lambda r: flora(scale_of(r)),
     "flex_lora": lambda r: flex_lora(),
-    "fedex_lora": lambda r: fedex_lora(r.adapter.lora_alpha / r.adapter.lora_r),
+    "fedex_lora": lambda r: fedex_lora(scale_of(r)),
     "het_lora": lambda r: het_lora(norm_weighted=r.aggregate.norm_weighted is not False),
 }
 
 
-def lora_of(base: Base, recipe: AdapterRecipe) -> Lora:
+def lora_of(base: Base, recipe: AdapterRecipe) -> Adapter:
     return lora(
         base.model,
-        rank=recipe.lora_r,
-        alpha=recipe.lora_alpha,
-        dropout=recipe.lora_dropout,
-        targets=recipe.lora_target_modules,
+        rank=recipe.lora_r or 8,
+        alpha=_given(recipe.lora_alpha),
+        dropout=recipe.lora_dropout or 0.0,
+        targets=recipe.lora_target_modules or "auto",
         base_name=base.name,
     )
+
+
+def prompt_of(base: Base, recipe: AdapterRecipe) -> Adapter:
+    text = recipe.prompt_tuning_init_text
+    ids = None if text is None else base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return prompt_tuning(
+        base.model, num_virtual_tokens=recipe.num_virtual_tokens or 20, init_ids=ids, base_name=base.name
+    )
+
+
+def p_tuning_of(base: Base, recipe: AdapterRecipe) -> Adapter:
+    return p_tuning(
+        base.model,
+        num_virtual_tokens=recipe.num_virtual_tokens or 20,
+        encoder=recipe.encoder_reparameterization_type or "mlp",
+        encoder_hidden_size=recipe.encoder_hidden_size,
+        base_name=base.name,
+    )
+
+
+def prefix_of(base: Base, recipe: AdapterRecipe) -> Adapter:
+    return prefix_tuning(base.model, num_virtual_tokens=recipe.num_virtual_tokens or 20, base_name=base.name)
+
+
+def scale_of(recipe: Recipe) -> float:
+    """What LoRA multiplies B A by, at the full rank."""
+    return _given(recipe.adapter.lora_alpha) / _given(recipe.adapter.lora_r)
 
 
 def sgd_of(recipe: Recipe, pieces: int = 1) -> ClientUpdate:
@@ -121,7 +148,12 @@ def schedule_of(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
     )
 
 
-ADAPTERS: Mapping[str, Callable[[Base, AdapterRecipe], Adapter]] = {"lora": lora_of}
+ADAPTERS: Mapping[str, Callable[[Base, AdapterRecipe], Adapter]] = {
+    "lora": lora_of,
+    "prompt_tuning": prompt_of,
+    "p_tuning": p_tuning_of,
+    "prefix_tuning": prefix_of,
+}
 
 CLIENTS: Mapping[str, Callable[[Recipe, int], ClientUpdate]] = {"sgd": sgd_of}
 
@@ -156,10 +188,10 @@ def algorithm_of(recipe: Recipe, arm: str = "federated", *, pieces: int = 1) -> 
 
 def rank_of(recipe: Recipe, client: str) -> int | None:
     """The client's own LoRA rank, drawn from the seed and its id; None is everyone's."""
-    mix = RANK_MIXES.get(recipe.adapter.client_ranks)
+    mix = RANK_MIXES.get(recipe.adapter.client_ranks or "same")
     if mix is None:
         return None
-    ranks = [max(1, recipe.adapter.lora_r // share) for share in (8, 4, 2, 1)]
+    ranks = [max(1, int(_given(recipe.adapter.lora_r)) // share) for share in (8, 4, 2, 1)]
     draw = random.Random(seed_of(recipe.seed, 0, client, "rank"))
     return draw.choices(ranks, mix)[0]
 
@@ -233,7 +265,7 @@ def runtime_of(
         runtime = sequential()
     else:
         runtime = batched(width_of(recipe, federation, base))
-    if arm == "federated" and recipe.adapter.client_ranks != "same":
+    if arm == "federated" and recipe.adapter.client_ranks in RANK_MIXES:
         runtime = with_ranks(runtime, lambda client: rank_of(recipe, client))
     share = recipe.runtime.client_dropout
     return with_dropout(runtime, share) if share and arm == "federated" else runtime

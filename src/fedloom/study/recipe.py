@@ -21,6 +21,7 @@ from fedloom.data.catalog import CATALOG, LOCAL, NamedSet
 from fedloom.errors import suggest
 
 __all__ = [
+    "ADAPTER_DEFAULTS",
     "BLOCKS",
     "CLIENT_OPTIM_DEFAULTS",
     "METHODS",
@@ -50,6 +51,7 @@ Arm = Literal["base", "local", "federated", "global"]
 SplitKind = Literal["iid", "dirichlet", "shards", "quantity_skew", "by_category", "by_column", "files", "natural"]
 ClientOptim = Literal["adamw", "adam", "sgd", "momentum", "yogi", "adagrad"]
 ServerOptim = Literal["momentum", "adam", "yogi", "adagrad"]
+AdapterKind = Literal["lora", "prompt_tuning", "p_tuning", "prefix_tuning"]
 RankMix = Literal["same", "heavy_tail", "normal", "uniform"]
 TrackerName = Literal["trackio", "tensorboard", "mlflow", "wandb"]
 Method = Literal[
@@ -132,6 +134,20 @@ METHOD_LINES: Mapping[str, str] = {
     "flex_lora": "the mean of the products, cut to the rank by an SVD; clients of any rank (Bai et al. 2024)",
     "fedex_lora": "fedavg, and what averaging factors misses goes into the base: exact (Singhal et al. 2025)",
     "het_lora": "clients of different ranks, zero padded, weighed by what they learnt (Cho et al. 2024)",
+}
+
+# The settings each kind of adapter has, with what they are when nothing is said; None is settled by the model.
+ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "lora": {
+        "lora_r": 8,
+        "lora_alpha": 16.0,
+        "lora_dropout": 0.0,
+        "lora_target_modules": "auto",
+        "client_ranks": "same",
+    },
+    "prompt_tuning": {"num_virtual_tokens": 20, "prompt_tuning_init_text": None},
+    "p_tuning": {"num_virtual_tokens": 20, "encoder_reparameterization_type": "mlp", "encoder_hidden_size": None},
+    "prefix_tuning": {"num_virtual_tokens": 20},
 }
 
 # The settings each optimiser has, with what they are when nothing is said. A setting that is not in an optimiser's
@@ -272,19 +288,44 @@ class SplitRecipe(_Block):
 class AdapterRecipe(_Block):
     """What is trained on top of the frozen model."""
 
-    kind: Literal["lora"] = Field("lora", description="The kind of adapter.")
-    lora_r: Annotated[int, Field(ge=1)] = Field(8, description="Rank.")
-    lora_alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="The update is scaled by lora_alpha / lora_r.")
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="Dropout in front of A while training. Draws differ with the size of a client batch."
+    kind: AdapterKind = Field(
+        "lora",
+        description="The kind of adapter: `lora` on layers, or virtual tokens before every text: `prompt_tuning`, "
+        "`p_tuning` (made by a small encoder), `prefix_tuning` (keys and values in every layer).",
     )
-    lora_target_modules: Annotated[list[str], Field(min_length=1)] | Literal["auto", "all-linear"] = Field(
-        "auto", description="Names of linear modules, `all-linear`, or `auto`: PEFT's choice for the architecture."
+    lora_r: Annotated[int, Field(ge=1)] | None = Field(None, description="Rank. Default 8. Only for lora.")
+    lora_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="The update is scaled by lora_alpha / lora_r. Default 16. Only for lora."
     )
-    client_ranks: RankMix = Field(
-        "same",
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="Dropout in front of A while training; draws differ with the size of a client batch. Default 0. "
+        "Only for lora.",
+    )
+    lora_target_modules: Annotated[list[str], Field(min_length=1)] | Literal["auto", "all-linear"] | None = Field(
+        None,
+        description="Names of linear modules, `all-linear`, or `auto`: PEFT's choice for the architecture. Default "
+        "auto. Only for lora.",
+    )
+    client_ranks: RankMix | None = Field(
+        None,
         description="Ranks of clients: `same` is lora_r for all; `heavy_tail` gives 60, 25, 10 and 5 % of them an "
-        "eighth, a quarter, half and all of lora_r, `normal` 15, 35, 35 and 15 %, `uniform` a quarter each.",
+        "eighth, a quarter, half and all of lora_r, `normal` 15, 35, 35 and 15 %, `uniform` a quarter each. Default "
+        "same. Only for lora.",
+    )
+    num_virtual_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Default 20. Only for prompt_tuning, p_tuning, prefix_tuning."
+    )
+    prompt_tuning_init_text: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="A text whose tokens the prompt begins with; without it they are drawn from the vocabulary. Only "
+        "for prompt_tuning.",
+    )
+    encoder_reparameterization_type: Literal["mlp", "lstm"] | None = Field(
+        None, description="The encoder of the virtual tokens. Default mlp. Only for p_tuning."
+    )
+    encoder_hidden_size: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Of the encoder. Default: the model's hidden size. Only for p_tuning."
     )
 
 
@@ -540,9 +581,11 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
         if filled[slot].get("kind", settings["kind"]) == settings["kind"]:
             settle(filled[slot], settings)
 
-    def row(table: Mapping[str, Mapping[str, float]], name: object) -> Mapping[str, float]:
+    def row(table: Mapping[str, Mapping[str, Any]], name: object) -> Mapping[str, Any]:
         return table.get(name, {}) if isinstance(name, str) else {}
 
+    adapter = filled["adapter"]
+    settle(adapter, row(ADAPTER_DEFAULTS, adapter.get("kind", "lora")))
     settle(client, row(CLIENT_OPTIM_DEFAULTS, client.get("optim", "adamw")))
     if client.get("lr_scheduler_type", "cosine") in ("linear", "cosine"):
         settle(client, {"min_lr_ratio": 0.0})
@@ -728,6 +771,7 @@ def _training_objections(recipe: Recipe) -> Iterator[Objection]:
             ("client.prox_mu", "method"),
             f"{client.prox_mu} makes this FedProx, and the method says fedavg: set method: fedprox",
         )
+    yield from _adapter_objections(recipe)
     yield from _factor_objections(recipe)
     settings = {
         key: getattr(server, key)
@@ -769,6 +813,33 @@ def _training_objections(recipe: Recipe) -> Iterator[Objection]:
         )
 
 
+def _adapter_objections(recipe: Recipe) -> Iterator[Objection]:
+    adapter = recipe.adapter
+    for key in dict.fromkeys(key for row in ADAPTER_DEFAULTS.values() for key in row):
+        value = getattr(adapter, key)
+        if value is not None and key not in ADAPTER_DEFAULTS[adapter.kind]:
+            having = [name for name, row in ADAPTER_DEFAULTS.items() if key in row]
+            yield Objection(
+                (f"adapter.{key}", "adapter.kind"),
+                f"{yaml_value(value)} would have no effect: kind is {adapter.kind}; {', '.join(having)} "
+                f"{'has' if len(having) == 1 else 'have'} it",
+            )
+    if adapter.kind != "lora":
+        needs = {
+            "client.trainable": recipe.client.trainable != "all",
+            "client.shared": recipe.client.shared != "all",
+            "aggregate.kind": recipe.aggregate.kind != "mean",
+        }
+        for key, asked in needs.items():
+            block, _, leaf = key.partition(".")
+            if asked:
+                yield Objection(
+                    (key, "adapter.kind", "method"),
+                    f"{getattr(getattr(recipe, block), leaf)}, but it works on LoRA's factors and adapter.kind is "
+                    f"{adapter.kind}: adapter.kind: lora, or another method",
+                )
+
+
 def _factor_objections(recipe: Recipe) -> Iterator[Objection]:
     """LoRA's factors: which are trained, which are sent, at which ranks."""
     client, aggregate, mix = recipe.client, recipe.aggregate, recipe.adapter.client_ranks
@@ -802,7 +873,7 @@ def _factor_objections(recipe: Recipe) -> Iterator[Objection]:
             ("aggregate.weighting", "aggregate.norm_weighted"),
             "uniform would have no effect: het_lora weighs by norms; norm_weighted: false leaves it to the weighting",
         )
-    if mix != "same" and recipe.adapter.lora_r < 2:
+    if mix not in (None, "same") and recipe.adapter.lora_r == 1:
         yield Objection(("adapter.client_ranks", "adapter.lora_r"), f"{mix} would have no effect: lora_r is 1")
 
 

@@ -16,6 +16,7 @@ from fedloom.data.batches import Batches, collate
 from fedloom.data.federation import Federation, prepare
 from fedloom.data.tokens import pad_id_of
 from fedloom.errors import RunError, UserError
+from fedloom.models.causal import positions_of
 from fedloom.models.load import Base, load_base
 from fedloom.ops.host import tune_host
 from fedloom.rounds import initial_state
@@ -125,7 +126,7 @@ def _check_cohort(recipe: Recipe, federation: Federation) -> None:
 
 
 def _check_positions(base: Base, recipe: Recipe, federation: Federation) -> None:
-    positions = getattr(base.model.config, "max_position_embeddings", None)
+    positions = positions_of(base.model)
     longest = max(int(federation.pooled(part).lengths.max(initial=0)) for part in ("train", "validation", "test"))
     if isinstance(positions, int) and longest > positions:
         raise UserError(
@@ -226,7 +227,7 @@ def plan(session: Session, *, probe: bool = True) -> PlanReport:
         threads=session.threads,
         total_parameters=session.base.num_parameters,
         trainable_parameters=tree.num_elements(state.params),
-        adapter=f"{recipe.adapter.kind} r {recipe.adapter.lora_r}",
+        adapter=_adapter_said(recipe),
         method=recipe.method,
         clients=len(ids),
         clients_per_round=cohort,
@@ -245,6 +246,13 @@ def plan(session: Session, *, probe: bool = True) -> PlanReport:
         train_seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def _adapter_said(recipe: Recipe) -> str:
+    adapter = recipe.adapter
+    if adapter.kind == "lora":
+        return f"lora r {adapter.lora_r}"
+    return f"{adapter.kind}, {adapter.num_virtual_tokens} virtual tokens"
 
 
 def _probe(session: Session) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -182,27 +182,48 @@ def load_tree(adapter: Adapter, folder: Path) -> Tree:
     return tree
 
 
+def _lora_settings(config: Mapping[str, Any]) -> AdapterRecipe:
+    targets = config["target_modules"]
+    return AdapterRecipe(
+        kind="lora",
+        lora_r=config["r"],
+        lora_alpha=config["lora_alpha"],
+        lora_target_modules=targets if isinstance(targets, str) else list(targets),  # type: ignore[arg-type]
+    )
+
+
+# PEFT's name of a kind -> ours, from its settings. P-tuning's folder holds the embeddings alone.
+_PEFT_SETTINGS: Mapping[str, Callable[[Mapping[str, Any]], AdapterRecipe]] = {
+    "LORA": _lora_settings,
+    "PROMPT_TUNING": lambda c: AdapterRecipe(kind="prompt_tuning", num_virtual_tokens=c["num_virtual_tokens"]),
+    "P_TUNING": lambda c: AdapterRecipe(kind="p_tuning", num_virtual_tokens=c["num_virtual_tokens"]),
+    "PREFIX_TUNING": lambda c: AdapterRecipe(kind="prefix_tuning", num_virtual_tokens=c["num_virtual_tokens"]),
+}
+
+
 def _settings(folder: Path) -> tuple[str, AdapterRecipe]:
     """(base model, settings) that a PEFT adapter folder says."""
     path = folder / "adapter_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        targets = config["target_modules"]
-        settings = AdapterRecipe(
-            kind=str(config["peft_type"]).lower(),  # type: ignore[arg-type]
-            lora_r=config["r"],
-            lora_alpha=config["lora_alpha"],
-            lora_target_modules=targets if isinstance(targets, str) else list(targets),  # type: ignore[arg-type]
-        )
+        settings = _PEFT_SETTINGS[str(config["peft_type"])](config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = "; ".join(str(error).splitlines()[:3])
-        raise UserError(f"{path}: not the settings of a LoRA adapter: {reason}", code="adapter.config") from error
+        raise UserError(
+            f"{path}: not the settings of an adapter that is read here: {reason}", code="adapter.config"
+        ) from error
     return str(config.get("base_model_name_or_path") or ""), settings
 
 
 def _factors(tuned: Tuned) -> dict[str, Tensor]:
     """What the adapter adds to each frozen weight, as the factors that `Adapter.sync` takes."""
     _, settings = _settings(tuned.folder)
+    if settings.kind != "lora" or settings.lora_alpha is None or settings.lora_r is None:
+        raise UserError(
+            f"{tuned.folder} is a {settings.kind} adapter, which has nothing to add to the weights",
+            "export the adapter: --format lora writes its PEFT folder",
+            "export.kind",
+        )
     factors = {}
     for name, leaf in tuned.tree.items():
         if name.endswith(LORA_A):
@@ -257,6 +278,8 @@ def evaluate_run(
     if threads is not None:
         recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"threads": threads})})
     folder = None if base_only else adapter_folder(run)
+    if folder is not None:  # its own rank: a run that merged into the base exports more than the recipe's
+        recipe = recipe.model_copy(update={"adapter": Recipe(**_only_adapter(recipe, folder)).adapter})
     session = open_session(recipe)
     adapter = session.adapter
     algorithm = algorithm_of(recipe)
@@ -270,6 +293,10 @@ def evaluate_run(
     outcome = one_model(runtime.evaluate(algorithm, adapter, state, clients, measured.own))
     rows = sum(len(client.test) for client in federation.clients.values())
     return Evaluated(data or recipe.data.label, measured.score, rows, outcome)
+
+
+def _only_adapter(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    return {"model": recipe.model, "data": DataRecipe(path="-"), "adapter": _settings(folder)[1], "local_steps": 1}
 
 
 def _only_tests(federation: Federation, recipe: Recipe, data: str) -> Federation:

@@ -33,7 +33,7 @@ from fedloom.evaluate.loglikelihood import Continuation, Loglikelihood, loglikel
 from fedloom.evaluate.sampling import Sampling
 from fedloom.evaluate.tasks import find_task
 from fedloom.evaluate.tasks.base import Answer, Choose, Item, ItemScore, Request, Task, TaskSettings, Write
-from fedloom.models.causal import CausalLM
+from fedloom.models.causal import CausalLM, positions_of
 from fedloom.models.load import stop_ids
 from fedloom.seeds import seed_of
 from fedloom.types import Tree
@@ -166,7 +166,7 @@ class ModelAnswerer:
         self.chat_template, self.on_progress = chat_template, on_progress
         self.tree_C = {name: leaf[None] for name, leaf in tree.items()}
         self.causal = CausalLM(adapter.model)
-        positions = getattr(getattr(adapter.model, "config", None), "max_position_embeddings", None)
+        positions = positions_of(adapter.model)
         self.positions = positions if isinstance(positions, int) else None
         self._fitted: dict[int, tuple[Request, _Fitted]] = {}
 

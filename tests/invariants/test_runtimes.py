@@ -73,6 +73,34 @@ def test_batched_and_messages_equal_sequential(name):
         assert want_eval[client]["loss_sum"] == pytest.approx(far_eval[client]["loss_sum"], rel=1e-9)
 
 
+def test_messages_tell_what_making_and_reading_them_took(monkeypatch):
+    algorithm, cohort = fedavg(), clients(2)
+    adapter = small_lora()
+    state = initial_state(algorithm, adapter, seed=3)
+    homes = sites(algorithm, cohort)
+    sends = loopback({i: home.serve for i, home in homes.items()})
+    _, first = run_round(algorithm, adapter, sends, state, cohort)
+    said = {i: row["communication_seconds"] for i, row in first.clients.items()}
+    assert all(0 < seconds < first.seconds for seconds in said.values())
+    assert first.metrics["communication_seconds"] == pytest.approx(sum(said.values()))
+    assert "communication_seconds" not in run_round(algorithm, adapter, batched(2), state, cohort)[1].metrics
+
+    clock = [0.0]  # a clock that stands still but while a message is made or read
+
+    def slow(work):
+        def worked(*args, **more):
+            clock[0] += 1.0
+            return work(*args, **more)
+
+        return worked
+
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(wire, name, slow(getattr(wire, name)))
+    monkeypatch.setattr("fedloom.runtimes.messages.time.perf_counter", lambda: clock[0])
+    _, timed = run_round(algorithm, adapter, sends, state, cohort)
+    assert {row["communication_seconds"] for row in timed.clients.values()} == {4.0}, "made and read, both ways"
+
+
 def test_local_only_moves_each_client_and_not_the_server():
     algorithm = fedavg(CLIENT_UPDATES["local_only"]())
     state, _ = two_rounds(algorithm, batched(8), clients())

@@ -5,7 +5,10 @@ Every payload goes through the wire codec to client objects that hold their own 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
 
 from fedloom import wire
 from fedloom.errors import FedloomError, RunError
@@ -27,6 +30,22 @@ from fedloom.types import (
 )
 
 Send = Callable[[bytes], bytes]  # one request to one client and its reply; a transport is nothing more
+
+_codec_seconds: ContextVar[list[float]] = ContextVar("codec_seconds")  # durations, where someone wants to know them
+
+
+def _encode(kind: str, header: Mapping[str, Any], **trees: Tree) -> bytes:
+    start = time.perf_counter()
+    raw = wire.encode(kind, header, **trees)
+    _codec_seconds.get([]).append(time.perf_counter() - start)
+    return raw
+
+
+def _decode(raw: bytes) -> wire.Message:
+    start = time.perf_counter()
+    message = wire.decode(raw)
+    _codec_seconds.get([]).append(time.perf_counter() - start)
+    return message
 
 
 class ClientSite:
@@ -50,7 +69,7 @@ class ClientSite:
     def serve(self, raw: bytes) -> bytes:
         """Answer one message. What goes wrong here is told to the server as a reason, not raised."""
         try:
-            message = wire.decode(raw)
+            message = _decode(raw)
             if message.header.get("client") != self.client:
                 raise RunError(f"a message for {message.header.get('client')!r} came to {self.client!r}")
             if message.kind == "train":
@@ -60,7 +79,7 @@ class ClientSite:
             raise RunError(f"unknown message kind {message.kind!r}")
         except (FedloomError, OSError) as error:
             reason = error.message if isinstance(error, FedloomError) else str(error)
-            return wire.encode("failed", {"reason": reason})
+            return _encode("failed", {"reason": reason})
 
     def _state(self, message: wire.Message) -> State:
         personal = {} if self.personal is None else {self.client: self.personal}
@@ -88,7 +107,7 @@ class ClientSite:
         sent = sides.client_payload(algorithm, state.params, delta, weight, site)
         if personal:
             self.personal = personal
-        return wire.encode("trained", {}, **sides.upload_trees(sent, weight, metrics))
+        return _encode("trained", {}, **sides.upload_trees(sent, weight, metrics))
 
     def _evaluate(self, message: wire.Message) -> bytes:
         algorithm, adapter = self._parts()
@@ -98,7 +117,7 @@ class ClientSite:
         client = Client(self.client, (), rank=self.rank if own else None)
         tree = client_model(algorithm, adapter, state, client)
         (metrics,) = self._evaluations[message.header["evaluation"]].run(adapter, stack([tree]), [client])
-        return wire.encode("evaluated", {}, **sides.upload_trees({}, 1.0, metrics))
+        return _encode("evaluated", {}, **sides.upload_trees({}, 1.0, metrics))
 
 
 def loopback(sends: Mapping[str, Send]) -> Runtime:
@@ -115,16 +134,25 @@ def loopback(sends: Mapping[str, Send]) -> Runtime:
         failed: dict[str, str] = {}
         for client in cohort:
             site = Site(state.seed, state.round, client.id, ids)
-            request = wire.encode("train", sides.broadcast_header(state, site), params=state.params, base=state.base)
+            codec: list[float] = []
+            watching = _codec_seconds.set(codec)
+            request = _encode("train", sides.broadcast_header(state, site), params=state.params, base=state.base)
             reply = sends[client.id](request)
             try:
                 message = _answer(reply, "trained")
                 payload, weight, metrics = sides.read_upload(message)
-                row = {**metrics, "bytes_up": float(len(reply)), "bytes_down": float(len(request))}
+                row = {
+                    **metrics,
+                    "bytes_up": float(len(reply)),
+                    "bytes_down": float(len(request)),
+                    "communication_seconds": sum(codec),
+                }
                 summand = sides.server_summand(algorithm, state.params, payload, weight, row, site)
             except FedloomError as error:
                 failed[client.id] = error.message
                 continue
+            finally:
+                _codec_seconds.reset(watching)
             total = summand if total is None else algorithm.aggregate.add(total, summand)
             clients[client.id] = row
         if total is not None:
@@ -140,7 +168,7 @@ def loopback(sends: Mapping[str, Send]) -> Runtime:
                 **sides.broadcast_header(state, Site(state.seed, state.round, client.id)),
                 "evaluation": evaluation.name,
             }
-            reply = sends[client.id](wire.encode("evaluate", header, params=state.params, base=state.base))
+            reply = sends[client.id](_encode("evaluate", header, params=state.params, base=state.base))
             numbers = _answer(reply, "evaluated").trees["numbers"]
             found[client.id] = {name: float(value) for name, value in numbers.items() if name != sides.WEIGHT}
         return found
@@ -149,7 +177,7 @@ def loopback(sends: Mapping[str, Send]) -> Runtime:
 
 
 def _answer(reply: bytes, kind: str) -> wire.Message:
-    message = wire.decode(reply)
+    message = _decode(reply)
     if message.kind == "failed":
         raise RunError(str(message.header.get("reason", "it failed without a reason")), code="client.failed")
     if message.kind != kind:

@@ -11,7 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.data.batches import WINDOW, Batches, _spread, collate, eval_batches, round_batches, steps_per_epoch
+from fedloom.data.batches import (
+    WINDOW,
+    Batches,
+    _spread,
+    collate,
+    eval_batches,
+    examples_seen,
+    round_batches,
+    steps_per_epoch,
+)
 from fedloom.data.tokens import NO_LOSS, Example
 
 PAD = 9
@@ -39,6 +48,16 @@ def rows_in(batches: Batches) -> list[list[int]]:
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=120)
 SIZES = st.integers(1, 9)
+
+
+@given(LENGTHS, SIZES, st.integers(1, 7), st.integers(1, 9))
+def test_examples_seen_are_those_that_the_rounds_draw(lengths: list[int], size: int, steps: int, rounds: int) -> None:
+    examples = examples_of(lengths)
+    drawn = 0
+    for r in range(rounds):
+        batches = round_batches(examples, batch_size=size, num_steps=steps, pad_id=PAD, seed=5, round=r, client="b")
+        drawn += sum(len(batch) for batch in rows_in(batches))
+    assert examples_seen(examples, batch_size=size, steps=rounds * steps, seed=5, client="b") == drawn
 
 
 @given(LENGTHS, SIZES, st.integers(1, 7), st.booleans())

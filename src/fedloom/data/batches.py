@@ -88,6 +88,17 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
+def examples_seen(examples: Sequence[Example], *, batch_size: int, steps: int, seed: int, client: str) -> int:
+    """How many examples the first `steps` steps of a client have, over its rounds; an epoch has one smaller batch."""
+    per_epoch = steps_per_epoch(len(examples), batch_size)
+    epochs, rest = divmod(steps, per_epoch)
+    seen = epochs * len(examples)
+    if rest:
+        _, edges, sequence = _epoch(lengths_of(examples), batch_size, seed, epochs, client, True)
+        seen += int(np.diff(edges)[sequence[:rest]].sum())
+    return seen
+
+
 def round_batches(
     examples: Sequence[Example],
     *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedloom.data.batches import Batches, round_batches
+from fedloom.data.batches import Batches, examples_seen, round_batches, steps_per_epoch
 from fedloom.data.federation import ClientData, Federation
 from fedloom.data.tokens import pad_id_of
 from fedloom.types import Client
@@ -32,6 +32,12 @@ class Clients:
     def open(self, client: str, round: int) -> Client:
         """The client with its batches of that round; its FedAvg weight is its number of training rows."""
         return Client(client, self.batches(client, round), float(len(self.data[client].train)))
+
+    def examples_seen(self, client: str, rounds: int) -> int:
+        """How many examples a client works on in its first `rounds` rounds, known without drawing them."""
+        own = self.data[client].train
+        steps = self.num_steps or (self.num_epochs or 0) * steps_per_epoch(len(own), self.batch_size)
+        return examples_seen(own, batch_size=self.batch_size, steps=rounds * steps, seed=self.seed, client=client)
 
     def batches(self, client: str, round: int) -> Batches:
         return round_batches(

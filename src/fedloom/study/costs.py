@@ -1,0 +1,167 @@
+"""What a run costs, as far as it is counted here: samples, FLOPs, memory.
+
+FLOPs are an estimate in closed form. A multiplication and an addition are two; only matrix products are counted. With
+T tokens through the model, M of them targets of the loss, and P the sum over rows of (tokens in the row)^2:
+
+    2 F T      the frozen matrices, forward (F: their parameters, embeddings and output head aside)
+    2 G T      activations' gradients back through them (G: those that a gradient has to pass; frozen, so no dW)
+    6 N T      the adapter: forward, and two products backward (N: trainable parameters)
+    4 H M      the output head at the targets, forward and back (H: its parameters; nothing else is looked at there)
+   12 L D P    attention: scores and mixtures, forward and twice backward (L layers, D = heads x head size; the masked
+               half is counted, as torch's counter does)
+
+`flops` takes real tokens, `flops_padded` what went through the machine. Mixtures of experts are not modelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedloom.data.batches import Batches, lengths_of
+from fedloom.tree import num_elements
+from fedloom.types import Adapter, Tree
+
+__all__ = ["Flops", "Work", "peak_memory_bytes", "reset_peak_memory", "training_flops", "work_of"]
+
+_PROBE_TOKENS = 4
+
+
+class Flops(NamedTuple):
+    """FLOPs of training by what goes through the model."""
+
+    per_token: float
+    per_target: float
+    per_pair: float  # of two tokens of one row
+
+    def of(self, *, tokens: float, targets: float, pairs: float) -> float:
+        return self.per_token * tokens + self.per_target * targets + self.per_pair * pairs
+
+
+class Work(NamedTuple):
+    """The shape of one client's batches of a round."""
+
+    tokens: float
+    pairs: float  # sum over rows of tokens^2
+    padded_tokens: float
+    padded_pairs: float
+
+    @property
+    def padded_pairs_per_token(self) -> float:
+        return self.padded_pairs / self.padded_tokens if self.padded_tokens else 0.0
+
+
+def work_of(batches: Batches) -> Work:
+    """Counted from the plan: no tensor is made."""
+    lengths = lengths_of(batches.examples)
+    tokens = pairs = padded_tokens = padded_pairs = 0.0
+    for places in batches.plan:
+        own = lengths[places].astype(np.float64)
+        longest = float(own.max())
+        tokens += float(own.sum())
+        pairs += float((own * own).sum())
+        padded_tokens += len(own) * longest
+        padded_pairs += len(own) * longest * longest
+    return Work(tokens, pairs, padded_tokens, padded_pairs)
+
+
+def training_flops(adapter: Adapter, params: Tree) -> Flops:
+    """The formula's factors for an adapter on its model.
+
+    Which frozen matrices a gradient passes through is found by a forward pass of a few tokens.
+    """
+    model: Any = adapter.model
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    whole = getattr(getattr(adapter, "causal", None), "head", None) is None  # then it works on every position
+    forward, backward = 0, 0
+    for layer, passes in _matrices(adapter, params):
+        if layer is not head:
+            forward += layer.weight.numel()
+            backward += layer.weight.numel() if passes else 0
+    own = num_elements(params)
+    weight = getattr(head, "weight", None)
+    head_size = weight.numel() if isinstance(weight, Tensor) else 0
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    size = getattr(config, "head_dim", None) or (int(getattr(config, "hidden_size", 0)) // heads if heads else 0)
+    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+    per_token = 2.0 * forward + 2.0 * backward + 6.0 * own
+    per_target = 4.0 * head_size
+    if whole:
+        per_token, per_target = per_token + per_target, 0.0
+    return Flops(per_token, per_target, 12.0 * layers * heads * int(size))
+
+
+def _matrices(adapter: Adapter, params: Tree) -> Iterator[tuple[Any, bool]]:
+    """The model's linear layers that a forward pass uses, and whether a gradient goes back through each."""
+    seen: dict[nn.Module, bool] = {}
+
+    def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        seen[layer] = seen.get(layer, False) or bool(args[0].requires_grad)
+
+    leaves = {name: leaf[None].detach().clone() for name, leaf in params.items()}
+    leaves = {name: leaf.requires_grad_() if leaf.is_floating_point() else leaf for name, leaf in leaves.items()}
+    device = next(iter(leaves.values())).device
+    vocabulary = int(getattr(adapter.model.config, "vocab_size", _PROBE_TOKENS))
+    probe = torch.arange(_PROBE_TOKENS, device=device)[None] % vocabulary
+    with contextlib.ExitStack() as stack:
+        for layer in adapter.model.modules():
+            if isinstance(layer, nn.Linear | Conv1D):
+                handle = layer.register_forward_pre_hook(look)
+                stack.callback(handle.remove)
+        with torch.enable_grad(), adapter.bound(leaves) as model:
+            model(input_ids=probe, use_cache=False)
+    yield from seen.items()
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def reset_peak_memory() -> bool:
+    """Let the peak start anew. False where the system cannot: what is read then is the peak since the start."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # the allocator is told to keep what is freed (ops.host)
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return _high_water() is not None
+
+
+def peak_memory_bytes() -> int:
+    """Of the accelerator where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    found = _high_water()
+    if found is not None:
+        return found
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _high_water() -> int | None:
+    """The process's peak of resident memory as Linux keeps it, which can be reset."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    for line in text.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedloom.cli.display import Pace, RichDisplay, next_commands, print_result, result_table, stderr_console, watch
+from fedloom.cli.display import (
+    Pace,
+    RichDisplay,
+    equal_samples_table,
+    next_commands,
+    print_result,
+    result_table,
+    stderr_console,
+    watch,
+)
 from fedloom.errors import UserError
 from fedloom.study import progress
 from fedloom.study.folder import RunFolder
@@ -238,9 +247,56 @@ def test_the_table_has_the_arms_in_order_and_all_figures() -> None:
     assert [row[0] for row in rows] == ["base", "local", "federated", "global"]
     assert " ".join(rows[2]) == "federated 85.0 % 63.7 % 42.5 % 21.2 0.750 230 kB 240 kB 31.2 s 32k"
     assert rows[0][-4:] == ["–"] * 4  # the base trains and sends nothing
+    assert "samples" not in text.split("own test, worst")[0]  # an older result does not say
+    assert "equal" not in text
     assert "fedloom report 'runs/my demo'" in text  # ready to paste, so quoted
     assert "--resume" not in text
     assert "chat" not in text  # there is no adapter yet
+
+
+def with_everything() -> Result:
+    """A result as runs write it now: samples, FLOPs, benchmarks, equal samples, outcomes."""
+    plain_result: Any = json.loads(json.dumps(a_result()))
+    arms = plain_result["arms"]
+    costs = plain_result["costs_per_arm"]
+    for arm, cost in costs.items():
+        if arm != "base":
+            cost.update(samples=480, samples_per_model=120.0 if arm == "local" else 480.0, flops=1.5e12)
+    early = {**scores({"c0": 0.4, "c1": 0.4}, loss=1.2), "own_test": scores({"c0": 0.4}, loss=1.2)}
+    compared = {arm: {"round": 10, "samples": 120.0, "result": arms[arm]} for arm in arms}
+    compared["base"].update(round=0, samples=0.0)
+    compared["federated"].update(round=3, samples=144.0, result=early)
+    ended = {"rounds": 10, "planned_rounds": 10, "stopped_early": False, "best_round": 10, "best_by": "loss"}
+    ended |= {"best_value": 0.7, "round": 10}
+    return a_result(
+        arms=arms,
+        costs_per_arm=costs,
+        tasks={arm: {"gsm8k": {"accuracy": 0.125, "answered": 1.0}} for arm in ("base", "federated")},
+        equal_samples={"samples": 120, "arms": compared},
+        outcomes={
+            "local": {**ended, "best_round": 4},
+            "federated": {**ended, "rounds": 6, "stopped_early": True, "best_round": 5, "round": 5},
+            "global": ended,
+        },
+    )
+
+
+def test_both_comparisons_are_printed_with_the_samples_that_a_model_saw() -> None:
+    console, file = plain()
+    print_result(with_everything(), Path("x"), console)
+    text = file.getvalue()
+    first, second = text.split("after equal samples: 120 for each model")
+    row = next(line.split() for line in first.splitlines() if line.strip().startswith("federated"))
+    assert " ".join(row) == "federated 85.0 % 63.7 % 42.5 % 21.2 12.5 % 0.750 480 230 kB 240 kB 31.2 s 1.5e+12 32k"
+    assert next(line.split() for line in first.splitlines() if line.strip().startswith("local"))[10] == "120"
+    row = next(line.split() for line in second.splitlines() if line.strip().startswith("federated"))
+    assert " ".join(row) == "federated 40.0 % 40.0 % 40.0 % 0.0 1.200 144 3"
+    assert next(line.split() for line in second.splitlines() if line.strip().startswith("base"))[-2:] == ["–", "–"]
+    lines = second.splitlines()
+    assert "federated: stopped early, after round 6 of 10" in lines
+    assert "federated: its best state by loss, after round 5, is what is shown" in lines
+    assert "local: its last state is shown; by loss that after round 4 was better" in lines
+    assert not [line for line in lines if line.startswith("global:")]
 
 
 def test_a_run_without_scores_has_no_score_columns() -> None:
@@ -261,7 +317,8 @@ def test_a_run_without_scores_has_no_score_columns() -> None:
 def test_the_table_fits_the_terminal(width: int) -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=width, color_system=None, legacy_windows=False)
-    console.print(result_table(a_result(), width))
+    console.print(result_table(with_everything(), width))
+    console.print(equal_samples_table(with_everything()["equal_samples"], width))
     lines = file.getvalue().splitlines()
     assert all(len(line) <= width for line in lines)
     assert not any("…" in line for line in lines)

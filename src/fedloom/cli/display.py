@@ -229,30 +229,66 @@ _SCORES = (
     _Column("worst", lambda arm, cost: _share(arm["own_test"]["score_worst"]), 2),
     _Column("std", lambda arm, cost: _points(arm["own_test"]["score_std"]), 5),
 )
+_LOSS = _Column("loss", lambda arm, cost: "–" if arm["loss"] is None else f"{arm['loss']:.3f}", 0)
+_ROUND = _Column("round", lambda arm, cost: f"{cost['round']}" if cost.get("round") else "–", 1)
+_SAMPLES = _Column("samples", lambda arm, cost: _cost(cost, "samples_per_model", amount), 3)
 _COSTS = (
-    _Column("loss", lambda arm, cost: "–" if arm["loss"] is None else f"{arm['loss']:.3f}", 0),
+    _LOSS,
+    _SAMPLES,
     _Column("up", lambda arm, cost: _cost(cost, "bytes_up_per_client_round", byte_text), 4),
     _Column("down", lambda arm, cost: _cost(cost, "bytes_down_per_client_round", byte_text), 6),
     _Column("training", lambda arm, cost: _cost(cost, "train_seconds", duration), 3),
+    _Column("FLOPs", lambda arm, cost: _cost(cost, "flops", lambda value: f"{value:.1e}"), 8),
     _Column("tok/s", lambda arm, cost: _cost(cost, "tokens_per_second", amount), 7),
 )
 
 
 def result_table(result: Mapping[str, Any], width: int) -> Table:
-    """The outcome, a row per arm: scores, loss, bytes, seconds, tokens per second; fewer where `width` is too small."""
-    scored = any(arm["score"] is not None for arm in result["arms"].values())
-    columns = [*(_SCORES if scored else ()), *_COSTS]
+    """The outcome, a row per arm: scores, loss, samples, bytes, seconds; fewer columns where `width` is too small."""
+    arms: Mapping[str, Any] = result["arms"]
+    return _fitting(arms, result.get("costs_per_arm", {}), [*_scores_of(arms), *_tasks_of(result), *_COSTS], width)
+
+
+def equal_samples_table(compared: Mapping[str, Any], width: int) -> Table:
+    """The same arms after their models have seen the same number of samples."""
+    arms = {name: one["result"] for name, one in compared["arms"].items()}
+    seen = {
+        name: {"round": one["round"], "samples_per_model": one["samples"]} for name, one in compared["arms"].items()
+    }
+    return _fitting(arms, seen, [*_scores_of(arms), _LOSS, _SAMPLES, _ROUND], width)
+
+
+def _scores_of(arms: Mapping[str, Any]) -> Sequence[_Column]:
+    return _SCORES if any(arm["score"] is not None for arm in arms.values()) else ()
+
+
+def _tasks_of(result: Mapping[str, Any]) -> list[_Column]:
+    """A column per benchmark, with its first metric."""
+    tasks: Mapping[str, Any] = result.get("tasks") or {}
+    names = list(dict.fromkeys(task for found in tasks.values() for task in found))
+
+    def column(task: str) -> _Column:
+        by_arm = {
+            id(result["arms"][arm]): next(iter(found[task].values())) for arm, found in tasks.items() if task in found
+        }
+        return _Column(_printable(task), lambda arm, cost: _share(by_arm.get(id(arm))), 2)
+
+    return [column(task) for task in names]
+
+
+def _fitting(arms: Mapping[str, Any], costs: Mapping[str, Any], wanted: Sequence[_Column], width: int) -> Table:
+    """A table with as many of the columns as fit; one in which nothing stands is left out."""
+    columns = [one for one in wanted if any(one.cell(arms[arm], costs.get(arm, {})) != "–" for arm in arms)]
+    columns = columns or [_LOSS]
     unbounded = Console(width=10_000, file=io.StringIO())
     while True:
-        table = _table(result, columns)
+        table = _table(arms, costs, columns)
         if len(columns) == 1 or unbounded.measure(table).maximum <= width:
             return table
         columns.remove(max(columns, key=lambda column: column.rank))
 
 
-def _table(result: Mapping[str, Any], columns: Sequence[_Column]) -> Table:
-    arms: Mapping[str, Any] = result["arms"]
-    costs: Mapping[str, Any] = result.get("costs_per_arm", {})
+def _table(arms: Mapping[str, Any], costs: Mapping[str, Any], columns: Sequence[_Column]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="bold")
     table.add_column("arm", no_wrap=True)
     for column in columns:
@@ -289,16 +325,26 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
     console = console or stderr_console()
     notes = [
         "score: on all clients' test sets together; own test, worst, std: each client on its own test set",
-        "up, down: bytes per client and round as they go over the wire; loss: nats per answer token",
+        "loss: nats per answer token; samples: examples that one model was trained on",
+        "up, down: bytes per client and round as they go over the wire",
     ]
     if all(arm["score"] is None for arm in result["arms"].values()):
         notes = notes[1:]
+    compared = result.get("equal_samples")
     console.print()
-    if console.is_terminal:
-        console.print(result_table(result, console.width))
-    else:  # a log file has no width to squeeze a table into
-        Console(file=console.file, force_terminal=False, width=200).print(result_table(result, 200))
+    if compared:
+        console.print(Text("after equal rounds", style="bold"))
+    _print_table(console, lambda width: result_table(result, width))
+    if compared:
+        console.print()
+        console.print(Text(f"after equal samples: {compared['samples']:,} for each model", style="bold"))
+        _print_table(console, lambda width: equal_samples_table(compared, width))
+        notes.append(
+            "equal samples: the state after the first round in which a model has seen as many as one local model does"
+        )
     console.print()
+    for line in outcome_lines(result):
+        console.print(Text(_printable(line)), soft_wrap=not console.is_terminal)
     for note in notes:
         console.print(Text(note, style="dim"), soft_wrap=not console.is_terminal)
     for place, what in skipped_leaves(result):
@@ -310,6 +356,27 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
     console.print(Text("next:"))
     for command in next_commands(result, run):
         console.print(Text(f"  {command}"), soft_wrap=True)
+
+
+def _print_table(console: Console, table: Callable[[int], Table]) -> None:
+    if console.is_terminal:
+        console.print(table(console.width))
+    else:  # a log file has no width to squeeze a table into
+        Console(file=console.file, force_terminal=False, width=200).print(table(200))
+
+
+def outcome_lines(result: Mapping[str, Any]) -> list[str]:
+    """Which states were tested, where it is not simply each arm's last one."""
+    lines = []
+    for arm, ended in (result.get("outcomes") or {}).items():
+        if ended["stopped_early"]:
+            lines.append(f"{arm}: stopped early, after round {ended['rounds']} of {ended['planned_rounds']}")
+        if ended["round"] != ended["rounds"]:
+            lines.append(f"{arm}: its best state by {ended['best_by']}, after round {ended['round']}, is what is shown")
+        elif ended["best_round"] != ended["rounds"]:
+            better = f"by {ended['best_by']} that after round {ended['best_round']} was better"
+            lines.append(f"{arm}: its last state is shown; {better}")
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------ watch

@@ -74,7 +74,7 @@ bogus: 1
         ("limit: 3", "limit 3: which one: data.limit, evaluate.limit?"),
         ("lora_rr: 3", "lora_rr 3: no such key, did you mean adapter.lora_r?"),
         ("client: 5", "client.kind 5: expected sgd"),
-        ("checkpoint: 5", "checkpoint 5: expected a block of keys: save_rounds, save_total_limit"),
+        ("checkpoint: 5", "checkpoint 5: expected a block of keys: save_rounds, save_total_limit, export"),
         ("arms: [federatd]", f"arms [federatd]: expected one of {', '.join(ARMS)}; did you mean federated?"),
         ("trust_remote_code: maybe", "trust_remote_code maybe: expected true or false"),
         ("seed: 1.5", "seed 1.5: expected a whole number"),
@@ -142,6 +142,8 @@ def test_files_that_are_no_recipe(text: str, part: str) -> None:
         ("server:", "server.kind", "replace"),
         ("data.max_length: 64", "data.max_length", 64),
         ("columns: {input: context}", "data.columns", {"input": "context"}),
+        ("evaluate: {tasks: [a, b], task_paths: {a: x.jsonl}}", "evaluate.task_paths", {"a": "x.jsonl"}),
+        ("tasks: a,b", "evaluate.tasks", ["a", "b"]),
     ],
 )
 def test_values_are_read_by_the_type_of_their_field(line: str, key: str, value: object) -> None:
@@ -165,6 +167,8 @@ SAMPLES = {
     "client.optim": "sgd",
     "client.lr_scheduler_type": "linear",
     "client.prox_mu": "0.3",
+    "evaluate.best_by": "loss_decile",
+    "evaluate.tasks": "[gsm8k]",
     "server.server_optim": "yogi",
     "server.server_beta1": "0.3",
     "server.server_beta2": "0.3",
@@ -175,6 +179,7 @@ NEEDS = {
     "client.prox_mu": "method: fedprox\n",
     "split.alpha": "split.kind: dirichlet\n",
     "split.column": "split.kind: by_column\n",
+    "evaluate.num_fewshot": "tasks: [gsm8k]\n",
 }
 
 
@@ -220,6 +225,7 @@ def test_same_values(key: str, theirs: str, ours: str) -> None:
         ("uniform_weight: true", "aggregate.weighting", "uniform"),
         ("load_in_4bit: false", "dtype", "auto"),
         ("load_in_8bit: false", "dtype", "auto"),
+        ("load_best_model_at_end: true", "checkpoint.export", "best"),
     ],
 )
 def test_another_unit_is_taken_and_said(line: str, key: str, value: object) -> None:

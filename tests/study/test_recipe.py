@@ -114,6 +114,24 @@ def test_every_method_has_a_line_and_composes() -> None:
         ({"runtime": {"kind": "sequential", "clients_per_batch": 4}}, "one client at a time"),
         ({"evaluate": {"score": "none", "max_new_tokens": 5}}, "nothing is generated"),
         ({"evaluate": {"score": "none", "best_by": "score"}}, "best_by: loss"),
+        ({"evaluate": {"score": "none", "best_by": "score_decile"}}, "best_by: loss"),
+        ({"evaluate": {"score": "none", "score_validation": True}}, "nothing is scored"),
+        ({"evaluate": {"best_by": "scores"}}, "did you mean score?"),
+        ({"evaluate": {"best_by": "gsm8k/accuracy"}}, "names one of them"),
+        ({"evaluate": {"best_by": "gsm8k/accuracy", "tasks": ["gsm8k"]}}, "set evaluate.task_rounds"),
+        ({"evaluate": {"early_stopping_threshold": 0.1}}, "early_stopping_patience is not set"),
+        ({"evaluate": {"early_stopping_patience": 2, "eval_rounds": 0}}, "nothing is measured before the end"),
+        ({"evaluate": {"early_stopping_patience": 2}, "data": {"path": "d", "val_set_size": 0}}, "to stop by"),
+        ({"checkpoint": {"export": "best"}, "data": {"path": "d", "val_set_size": 0}}, "export: last"),
+        ({"evaluate": {"tasks": ["mmlu", "mmlu"]}}, "mmlu is named twice"),
+        ({"evaluate": {"task_limit": 5}}, "evaluate.tasks is empty"),
+        ({"evaluate": {"task_paths": {"mmlu": "x"}}}, "evaluate.tasks is empty"),
+        ({"evaluate": {"tasks": ["gsm8k"], "task_paths": {"mmlu": "x"}}}, "mmlu is none of evaluate.tasks"),
+        ({"evaluate": {"tasks": ["gsm8k"], "task_clients": 2}}, "no client has a model of its own"),
+        (
+            {"method": "fedsa_lora", "runtime": {"kind": "loopback"}, "evaluate": {"tasks": ["gsm8k"]}},
+            "what is not shared never leaves a client",
+        ),
         ({"evaluate": {"best_by": "loss"}, "data": {"path": "d", "val_set_size": 0}}, "nothing to choose by"),
         ({"data": {"path": "d", "test_path": "t", "test_set_size": 0.1}}, "data.test_path gives the test rows"),
         ({"data": {"path": "d", "val_set_size": 0.5, "test_set_size": 0.5}}, "nothing would be left to train on"),
@@ -153,6 +171,23 @@ def test_ranges(values: dict[str, object], field: str) -> None:
     with pytest.raises(ValidationError) as caught:
         recipe(**values)
     assert field in str(caught.value.errors()[0]["loc"])
+
+
+def test_early_stopping_brings_the_best_state_and_its_threshold() -> None:
+    plain, stopping = recipe(), recipe(evaluate={"early_stopping_patience": 3})
+    assert (plain.checkpoint.export, plain.evaluate.early_stopping_threshold) == ("last", None)
+    assert (stopping.checkpoint.export, stopping.evaluate.early_stopping_threshold) == ("best", 0.0)
+    assert recipe(evaluate={"early_stopping_patience": 3}, checkpoint={"export": "last"}).checkpoint.export == "last"
+
+
+def test_a_task_metric_may_be_what_the_best_is_chosen_by_without_validation_rows() -> None:
+    made = recipe(
+        data={"path": "d", "val_set_size": 0},
+        evaluate={"best_by": "gsm8k/accuracy", "tasks": ["gsm8k"], "task_rounds": 2, "early_stopping_patience": 1},
+    )
+    assert made.evaluate.best_by == "gsm8k/accuracy"
+    text = resolved_yaml(made)
+    assert validate_text(text, name="x")[0] == made
 
 
 def test_a_share_of_one_is_everyone_and_a_one_is_one_client() -> None:

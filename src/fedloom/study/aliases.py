@@ -83,6 +83,13 @@ SAME: Mapping[str, str] = {
     "fedopt_beta2": "server.server_beta2",
     "fedopt_tau": "server.server_tau",
     "server_optimizer": "server.server_optim",
+    # evaluate
+    "every": "evaluate.eval_rounds",
+    "eval_every": "evaluate.eval_rounds",
+    "metric_for_best_model": "evaluate.best_by",
+    "patience": "evaluate.early_stopping_patience",
+    "eval_tasks": "evaluate.tasks",
+    "n_shot": "evaluate.num_fewshot",
     # the rest
     "per_device_eval_batch_size": "evaluate.eval_batch_size",
     "random_seed": "seed",
@@ -119,6 +126,7 @@ SAME_VALUES: Mapping[str, Mapping[str, str]] = {
         "FedYogi": "fedyogi",
         "FedAdagrad": "fedadagrad",
     },
+    "evaluate.best_by": {"eval_loss": "loss", "val_loss": "loss", "eval_score": "score"},
     "split.kind": {"by_files": "files", "lda": "dirichlet", "uniform": "iid"},
     "arms": {"all": "base, local, federated, global"},
 }
@@ -191,7 +199,12 @@ def _uniform(value: Any, _: Context) -> Mapping[str, Any]:
     return {"aggregate.weighting": "uniform" if _truth(value) else "data"}
 
 
+def _best_at_end(value: Any, _: Context) -> Mapping[str, Any]:
+    return {"checkpoint.export": "best" if _truth(value) else "last"}
+
+
 SAID: Mapping[str, Said] = {
+    "load_best_model_at_end": Said(("checkpoint.export",), _best_at_end, "true is checkpoint.export: best"),
     "bf16": Said(("dtype",), _bf16, "true is dtype: bfloat16, false is dtype: float32"),
     "fp16": Said(("dtype",), _fp16, "false needs no key here"),
     "fraction_fit": Said(("clients_per_round",), _share, "a share of the clients; 1.0 is all, which is null here"),

@@ -217,6 +217,12 @@ def population_of(federation: Federation, recipe: Recipe, arm: str) -> Clients:
     return Clients({POOLED: pooled}, pad_id_of(federation.tokenizer), size * width, recipe.seed, steps)
 
 
+def samples_of_a_local_model(federation: Federation, recipe: Recipe) -> int:
+    """Samples that a model of the local arm sees in the whole run: the mean over clients."""
+    clients = population_of(federation, recipe, "local")
+    return round(sum(clients.examples_seen(client, recipe.rounds) for client in clients.ids) / len(clients.ids))
+
+
 def global_pieces(recipe: Recipe, federation: Federation, base: Base) -> int:
     """Passes in which the global arm works off a cohort's batch: as many as the federated arm has blocks of clients."""
     cohort = clients_per_round(recipe, len(federation.clients)) or len(federation.clients)

@@ -430,10 +430,10 @@ class _Collector:
 
     def leaf(self, block: str, leaf: str, raw: _Raw, place: _Place) -> None:
         said = f"{block}.{leaf}" if block else leaf
-        _, dot, sub = leaf.partition(".")
+        home, dot, sub = said.rpartition(".")
         fields = BLOCKS[block].model_fields if block else dict.fromkeys(_TOP)
-        if dot and said.startswith("data.columns."):
-            self.put("data.columns", {sub: raw}, place)
+        if dot and home in ("data.columns", "evaluate.task_paths"):
+            self.put(home, {sub: raw}, place)
         elif leaf in fields:
             self.put(said, raw, place)
         elif leaf in _HOMES:

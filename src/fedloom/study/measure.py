@@ -15,7 +15,7 @@ from fedloom.data.federation import Federation
 from fedloom.data.tokens import pad_id_of
 from fedloom.evaluate.loss import add_metrics, loss_evaluation, mean_loss
 from fedloom.evaluate.scores import Scored, auto_score, mean_score, score_evaluation
-from fedloom.study.recipe import Recipe
+from fedloom.study.recipe import BEST_BY, Recipe
 from fedloom.study.result import ArmResult, Scores, scores
 from fedloom.types import Adapter, Client, Evaluation, Metrics, Tree
 
@@ -44,7 +44,7 @@ def score_of(recipe: Recipe, federation: Federation) -> str:
 
 
 def measures(recipe: Recipe, federation: Federation, on_scored: OnScored | None = None) -> Measures:
-    """Evaluations over prepared data. Validation is scored only when the best checkpoint is chosen by score."""
+    """Evaluations over prepared data. Validation is scored when that is asked for, or the best is chosen by a score."""
     score = score_of(recipe, federation)
     pad_id = pad_id_of(federation.tokenizer)
     task = federation.task
@@ -82,6 +82,7 @@ def measures(recipe: Recipe, federation: Federation, on_scored: OnScored | None 
         return Evaluation(name, run)
 
     scoring = score != "none"
+    by_score = BEST_BY.get(settings.best_by or "", False)
     owners = list(federation.clients)
 
     def run_common(adapter: Adapter, tree_C: Tree, clients: Sequence[Client]) -> list[Metrics]:
@@ -93,7 +94,7 @@ def measures(recipe: Recipe, federation: Federation, on_scored: OnScored | None 
         return list(rows)
 
     return Measures(
-        part("validation", "validation", None, scoring and settings.best_by == "score"),
+        part("validation", "validation", None, scoring and (settings.score_validation or by_score)),
         part("own", "test", None, scoring),
         Evaluation("common", run_common),
         score,

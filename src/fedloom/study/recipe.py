@@ -9,6 +9,7 @@ Reading a recipe file, with every objection at once, is `fedloom.study.load`.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from fedloom.errors import suggest
 
 __all__ = [
     "ADAPTER_DEFAULTS",
+    "BEST_BY",
     "BLOCKS",
     "CLIENT_OPTIM_DEFAULTS",
     "METHODS",
@@ -168,6 +170,17 @@ SERVER_OPTIM_DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "adam": {"server_learning_rate": 1e-2, "server_beta1": 0.9, "server_beta2": 0.99, "server_tau": 1e-3},
     "yogi": {"server_learning_rate": 1e-2, "server_beta1": 0.9, "server_beta2": 0.99, "server_tau": 1e-3},
     "adagrad": {"server_learning_rate": 1e-2, "server_beta1": 0.0, "server_tau": 1e-3},
+}
+
+# What a checkpoint may be the best by, measured on the validation rows, and whether more is better. A benchmark task's
+# metric (TASK/METRIC) may stand in their place; there more is better.
+BEST_BY: Mapping[str, bool] = {
+    "loss": False,
+    "loss_plain_mean": False,
+    "loss_decile": False,
+    "score": True,
+    "score_plain_mean": True,
+    "score_decile": True,
 }
 
 COLUMN_NAMES = (
@@ -438,7 +451,9 @@ class RuntimeRecipe(_Block):
 class EvaluateRecipe(_Block):
     """What is measured, and when."""
 
-    eval_rounds: Annotated[int, Field(ge=0)] = Field(5, description="Validate every so many rounds; 0 only at the end.")
+    eval_rounds: Annotated[int, Field(ge=0)] = Field(
+        5, description="Validate every so many rounds, besides before the first and after the last; 0 only then."
+    )
     score: Literal["auto", "none", "exact", "final_number", "pass_at_1"] = Field(
         "auto", description="How an answer is judged; `auto` is the task's own, or none where nothing is known."
     )
@@ -449,17 +464,66 @@ class EvaluateRecipe(_Block):
         None, description="Longest generated answer. Default: the built-in task's own, else 256."
     )
     eval_batch_size: Annotated[int, Field(ge=1)] = Field(16, description="Examples in one pass of evaluation.")
-    best_by: Literal["loss", "score"] | None = Field(
+    score_validation: bool = Field(
+        False,
+        description="Score the validation rows too at each validation, up to limit per client. Done anyway where "
+        "best_by is a score.",
+    )
+    best_by: str | None = Field(
         None,
-        description="What makes a checkpoint the best, on the validation rows. Default loss where there are any.",
+        description="What makes a checkpoint the best: of the validation rows "
+        f"{', '.join(f'`{key}`' for key in BEST_BY)} (a decile is the mean of the worst tenth of the clients), or "
+        "`TASK/METRIC` of a benchmark. Default loss where there are validation rows; where there is nothing to choose "
+        "by, the last checkpoint is the best.",
+    )
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Stop an arm after so many evaluations in a row that are no better by best_by than the best so "
+        "far. `null` is off.",
+    )
+    early_stopping_threshold: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="By how much better counts as better. Default 0. Only with early_stopping_patience."
+    )
+    equal_samples: bool = Field(
+        True,
+        description="Where `local` is one of the arms: test the federated and the global arm also after the round in "
+        "which their model has seen as many samples as one local model sees in the whole run.",
+    )
+    tasks: list[str] = Field(
+        default_factory=list,
+        description="Benchmarks that each arm's model is put to at the end, by name: `[gsm8k, mmlu]`.",
+    )
+    task_paths: dict[str, str] = Field(
+        default_factory=dict,
+        description="Where a benchmark's published files lie, for example `{gsm8k: test.jsonl}`. Default: below "
+        "$FEDLOOM_DATA.",
+    )
+    task_limit: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="No more than this many items of a benchmark (of each subject, where it has subjects)."
+    )
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Worked examples before each question. Default: the benchmark's own number."
+    )
+    task_rounds: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Run the benchmarks every so many rounds as well, and before the first."
+    )
+    task_clients: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Where each client has a model of its own (`local`, personalised methods), a benchmark's figure is "
+        "their mean: take the models of only so many clients, the first ones.",
     )
 
 
 class CheckpointRecipe(_Block):
-    """What is kept to go on from."""
+    """What is kept to go on from, and what comes out."""
 
     save_rounds: Annotated[int, Field(ge=1)] = Field(1, description="Save every so many rounds.")
     save_total_limit: Annotated[int, Field(ge=1)] = Field(2, description="Checkpoints kept per arm, besides the best.")
+    export: Literal["last", "best"] | None = Field(
+        None,
+        description="The state of an arm that is tested and written to `adapter/`: after its last round, or the best "
+        "one. Default last, with early stopping best. The other one can be had by `--checkpoint`.",
+    )
 
 
 class Recipe(_Block):
@@ -569,7 +633,8 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             return filled  # not a block at all: validation says so
     data, split, client = filled["data"], filled["split"], filled["client"]
-    server, runtime, evaluate = filled["server"], filled["runtime"], filled["evaluate"]
+    server, runtime = filled["server"], filled["runtime"]
+    evaluate, saved = filled["evaluate"], filled["checkpoint"]
 
     def settle(block: dict[str, Any], defaults: Mapping[str, Any]) -> None:
         for key, value in defaults.items():
@@ -619,6 +684,9 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
         settle(split, {"shards_per_client": DEFAULT_SHARDS})
     if data.get("val_set_size") != 0:
         settle(evaluate, {"best_by": "loss"})
+    if evaluate.get("early_stopping_patience") is not None:
+        settle(evaluate, {"early_stopping_threshold": 0.0})
+    settle(saved, {"export": "last" if evaluate.get("early_stopping_patience") is None else "best"})
     if runtime.get("kind", "batched") == "batched":
         settle(runtime, {"clients_per_batch": "auto"})
     per_round = filled.get("clients_per_round")
@@ -892,12 +960,104 @@ def _evaluate_objections(recipe: Recipe) -> Iterator[Objection]:
             ("evaluate.max_new_tokens", "evaluate.score"),
             f"{evaluate.max_new_tokens} would have no effect: score is none, so nothing is generated",
         )
-    if evaluate.best_by == "score" and evaluate.score == "none":
-        yield Objection(("evaluate.best_by", "evaluate.score"), "score, but evaluate.score is none: best_by: loss")
-    if evaluate.best_by is not None and recipe.data.val_set_size == 0:
+    if evaluate.score == "none" and evaluate.score_validation:
+        yield Objection(
+            ("evaluate.score_validation", "evaluate.score"),
+            "true would have no effect: score is none, so nothing is scored",
+        )
+    yield from _best_objections(recipe)
+    yield from _task_objections(recipe)
+
+
+def _best_objections(recipe: Recipe) -> Iterator[Objection]:
+    evaluate = recipe.evaluate
+    best_by = evaluate.best_by
+    task, slash, metric = (best_by or "").partition("/")
+    if best_by is not None and slash:
+        if task not in evaluate.tasks or not metric:
+            yield Objection(
+                ("evaluate.best_by", "evaluate.tasks"),
+                f"{best_by}, but evaluate.tasks is {yaml_value(evaluate.tasks)}: a TASK/METRIC names one of them",
+            )
+        elif evaluate.task_rounds is None:
+            yield Objection(
+                ("evaluate.best_by", "evaluate.task_rounds"),
+                f"{best_by}, but the benchmarks run only at the end: set evaluate.task_rounds",
+            )
+    elif best_by is not None and best_by not in BEST_BY:
+        near = difflib.get_close_matches(best_by, BEST_BY, n=1)
+        yield Objection(
+            ("evaluate.best_by",),
+            f"{best_by}, which is none of {', '.join(BEST_BY)} and no TASK/METRIC"
+            + (f"; did you mean {near[0]}?" if near else ""),
+        )
+    elif best_by is not None and BEST_BY[best_by] and evaluate.score == "none":
+        yield Objection(("evaluate.best_by", "evaluate.score"), f"{best_by}, but evaluate.score is none: best_by: loss")
+    if best_by is not None and not slash and recipe.data.val_set_size == 0:
         yield Objection(
             ("evaluate.best_by", "data.val_set_size"),
-            f"{evaluate.best_by} would have no effect: data.val_set_size is 0, so there is nothing to choose by",
+            f"{best_by} would have no effect: data.val_set_size is 0, so there is nothing to choose by",
+        )
+    patience = evaluate.early_stopping_patience
+    if patience is None and evaluate.early_stopping_threshold is not None:
+        yield Objection(
+            ("evaluate.early_stopping_threshold", "evaluate.early_stopping_patience"),
+            f"{evaluate.early_stopping_threshold} would have no effect: early_stopping_patience is not set",
+        )
+    if patience is not None and best_by is None:
+        yield Objection(
+            ("evaluate.early_stopping_patience", "data.val_set_size", "evaluate.best_by"),
+            f"{patience}, but data.val_set_size is 0, so there is nothing to stop by: set aside validation rows",
+        )
+    elif patience is not None and not slash and evaluate.eval_rounds == 0:
+        yield Objection(
+            ("evaluate.early_stopping_patience", "evaluate.eval_rounds"),
+            f"{patience}, but eval_rounds is 0, so nothing is measured before the end: eval_rounds: 1, say",
+        )
+    if recipe.checkpoint.export == "best" and best_by is None:
+        yield Objection(
+            ("checkpoint.export", "data.val_set_size", "evaluate.best_by"),
+            "best, but data.val_set_size is 0, so there is nothing to choose by: export: last, or validation rows",
+        )
+
+
+def _task_objections(recipe: Recipe) -> Iterator[Objection]:
+    evaluate = recipe.evaluate
+    twice = sorted({task for task in evaluate.tasks if evaluate.tasks.count(task) > 1})
+    if twice:
+        yield Objection(("evaluate.tasks",), f"{', '.join(twice)} is named twice")
+    if not evaluate.tasks:
+        given: dict[str, Any] = {
+            "task_paths": evaluate.task_paths or None,
+            "task_limit": evaluate.task_limit,
+            "num_fewshot": evaluate.num_fewshot,
+            "task_rounds": evaluate.task_rounds,
+            "task_clients": evaluate.task_clients,
+        }
+        for key, value in given.items():
+            if value is not None:
+                yield Objection(
+                    (f"evaluate.{key}", "evaluate.tasks"),
+                    f"{yaml_value(value)} would have no effect: evaluate.tasks is empty",
+                )
+        return
+    for task in evaluate.task_paths:
+        if task not in evaluate.tasks:
+            yield Objection(
+                ("evaluate.task_paths", "evaluate.tasks"),
+                f"{task} is none of evaluate.tasks, which are {', '.join(evaluate.tasks)}",
+            )
+    personal = recipe.client.shared != "all" and "federated" in recipe.arms
+    if evaluate.task_clients is not None and "local" not in recipe.arms and not personal:
+        yield Objection(
+            ("evaluate.task_clients", "arms"),
+            f"{evaluate.task_clients} would have no effect: no client has a model of its own in these arms",
+        )
+    if personal and recipe.runtime.kind == "loopback":
+        yield Objection(
+            ("evaluate.tasks", "runtime.kind", "client.shared"),
+            f"{yaml_value(evaluate.tasks)}, but with runtime.kind loopback what is not shared never leaves a client, "
+            "and the benchmarks are not there: runtime.kind: batched",
         )
 
 
@@ -955,7 +1115,7 @@ def _said(block: BaseModel) -> dict[str, Any]:
         value = getattr(block, key)
         if isinstance(value, BaseModel):
             value = _said(value)
-        elif (value is None and field.default is None) or value == {} or (key == "path" and not value):
+        elif (value is None and field.default is None) or value in ({}, []) or (key == "path" and not value):
             continue
         values[key] = value
     if isinstance(block, Recipe) and block.split.kind == "natural":

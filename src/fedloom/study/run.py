@@ -22,35 +22,51 @@ from fedloom.data.clients import Clients
 from fedloom.errors import RunError, UserError
 from fedloom.evaluate.loss import add_metrics, mean_loss, require_finite
 from fedloom.evaluate.scores import mean_score
+from fedloom.evaluate.tasks.run import Answerer, answerer_of
 from fedloom.rounds import federate, initial_state
 from fedloom.runtimes import batched
+from fedloom.runtimes.cohort import client_model
 from fedloom.study import checkpoint
+from fedloom.study.arm_tasks import Figures, mean_figures, measure, place_of
 from fedloom.study.build import (
     algorithm_of,
     global_pieces,
     population_of,
+    rank_of,
     runtime_of,
+    samples_of_a_local_model,
     sampling_of,
     schedule_of,
     width_of,
 )
+from fedloom.study.choose import LAST, Best, value_of
+from fedloom.study.costs import Flops, Work, peak_memory_bytes, reset_peak_memory, training_flops, work_of
 from fedloom.study.folder import RunFolder, temporary_beside
 from fedloom.study.measure import Measures, model_each, one_model
 from fedloom.study.progress import Display, Silent
 from fedloom.study.recipe import Recipe, resolved_json, resolved_yaml
 from fedloom.study.report import write_report
-from fedloom.study.result import ARMS, ArmCosts, Costs, build_result, versions
+from fedloom.study.result import (
+    ARMS,
+    ArmCosts,
+    ArmResult,
+    Costs,
+    EqualSamples,
+    Outcome,
+    SampledArm,
+    build_result,
+    versions,
+)
 from fedloom.study.session import (
     Session,
     make_base,
     open_session,
-    peak_memory_bytes,
     plan,
     shown_prompt,
     try_checkpoint,
 )
 from fedloom.study.trackers import Trackers, require_trackers
-from fedloom.types import Algorithm, Client, Metrics, RoundReport, Runtime, State
+from fedloom.types import Algorithm, Client, Metrics, RoundReport, Runtime, State, Tree
 
 log = logging.getLogger("fedloom")
 
@@ -60,26 +76,53 @@ MAX_BAD_SHARE = 0.0  # of validation tokens whose loss is not finite
 
 @dataclass
 class Totals:
-    """What an arm has cost so far; saved with each checkpoint, so that a resumed run counts on."""
+    """What an arm has done and cost so far; saved with each checkpoint, so that a resumed run counts on."""
 
+    best: Best
+    models: int = 1  # the local arm has one per client
     tokens: float = 0.0
-    seconds: float = 0.0
+    padded_tokens: float = 0.0
+    samples: float = 0.0
+    flops: float = 0.0
+    flops_padded: float = 0.0
+    seconds: float = 0.0  # of rounds, communication left out
+    communication_seconds: float = 0.0
     evaluate_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
     bytes_up: float = 0.0
     bytes_down: float = 0.0
     client_rounds: int = 0
     failed: int = 0
-    best: float | None = None
-    best_round: int | None = None
-    last_val_loss: float | None = None
+    peak_memory: int = 0
+    stopped_early: bool = False
+    equal: dict[str, Any] | None = None  # a `SampledArm`, once the model had seen enough samples
 
-    def count(self, report: RoundReport) -> None:
+    @property
+    def samples_per_model(self) -> float:
+        return self.samples / self.models
+
+    def count(self, report: RoundReport, flops: Flops, work: Mapping[str, Work]) -> None:
+        spoken = report.metrics.get("communication_seconds", 0.0)
         self.tokens += report.metrics["tokens"]
-        self.seconds += report.seconds
+        self.padded_tokens += report.metrics["padded_tokens"]
+        self.samples += report.metrics["examples"]
+        self.seconds += report.seconds - spoken
+        self.communication_seconds += spoken
         self.bytes_up += report.metrics["bytes_up"]
         self.bytes_down += report.metrics["bytes_down"]
         self.client_rounds += len(report.clients)
         self.failed += len(report.failed)
+        for client, row in report.clients.items():
+            shape, targets = work[client], row["target_tokens"]
+            padded = row["padded_tokens"]
+            self.flops += flops.of(tokens=row["tokens"], targets=targets, pairs=shape.pairs)
+            self.flops_padded += flops.of(tokens=padded, targets=targets, pairs=padded * shape.padded_pairs_per_token)
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any]) -> Totals:
+        """From what `asdict` gave; what an older version did not count starts from nothing."""
+        known = {f.name: saved[f.name] for f in fields(cls) if f.name in saved}
+        return cls(**{**known, "best": Best(**saved["best"])})
 
 
 @dataclass
@@ -135,6 +178,7 @@ def run_recipe(
     path = resume or Path(recipe.output_dir + ("-smoke" if smoke else ""))
     smoke = smoke or bool(resume is not None and RunFolder.look(resume).read_facts().get("smoke"))
     require_trackers(trackers_of(recipe))
+    start = time.perf_counter()
     session = open_session(recipe, smoke=smoke)
     stop = Stop(hear=display)
     if resume is None:
@@ -145,7 +189,7 @@ def run_recipe(
         folder = RunFolder.resume(path)
     with folder, listening(stop):
         try:
-            runner = _Runner(session, folder, display, stop, source, smoke)
+            runner = _Runner(session, folder, display, stop, source, smoke, start)
             with runner.trackers:
                 return runner.go(resumed=resume is not None)
         except KeyboardInterrupt:
@@ -185,13 +229,27 @@ class _Runner:
     """One run's state while it goes on."""
 
     def __init__(
-        self, session: Session, folder: RunFolder, display: Display, stop: Stop, source: str, smoke: bool
+        self,
+        session: Session,
+        folder: RunFolder,
+        display: Display,
+        stop: Stop,
+        source: str,
+        smoke: bool,
+        started: float,
     ) -> None:
         self.session, self.folder, self.display, self.stop, self.source = session, folder, display, stop, source
-        self.smoke = smoke
+        self.smoke, self.started = smoke, started
         self.recipe = session.recipe
         self.measures: Measures = session.measures()
+        self.best_by = session.best_by
         self.reported = 0.0
+        self.own_peaks = False  # whether each arm's peak of memory can be told from the ones before it
+        self.left_out: dict[str, dict[str, int]] = {}  # of the last benchmarks
+        self.untouched: Mapping[str, Metrics] | None = None  # validation before training: the same in all arms
+        arms = self.recipe.arms
+        compared = self.recipe.evaluate.equal_samples and "local" in arms and bool({"federated", "global"} & set(arms))
+        self.equal_samples = samples_of_a_local_model(session.federation, self.recipe) if compared else None
         self.trackers = Trackers(trackers_of(self.recipe), folder.path, self.recipe.project or "", self.recipe)
 
     def go(self, *, resumed: bool) -> Path:
@@ -209,6 +267,7 @@ class _Runner:
                 continue
             self.display.arm(arm, 0 if arm == "base" else self.recipe.rounds)
             self.trackers.begin(arm, self.display.message)
+            self.own_peaks = reset_peak_memory()
             if arm == "base":
                 self._base()
             else:
@@ -228,6 +287,8 @@ class _Runner:
             self.display.message(line)
         for note in report.notes:
             self.display.message(f"note      {note}")
+        if self.best_by == LAST:
+            self.display.message("note      no validation rows: the last state of an arm counts as its best")
         try_checkpoint(self.session, self.folder.path)
         self.folder.write_facts(
             {
@@ -243,6 +304,8 @@ class _Runner:
                 "arms": {arm: 0 if arm == "base" else self.recipe.rounds for arm in arms},
                 "started": time.time(),
                 "smoke": self.smoke,
+                "prepare_seconds": time.perf_counter() - self.started,
+                "prepare_peak_memory_bytes": peak_memory_bytes(),
                 "bytes_up": planned.bytes_up_per_client_round,
                 "bytes_down": planned.bytes_down_per_client_round,
             }
@@ -268,11 +331,11 @@ class _Runner:
     def _base(self) -> None:
         algorithm = algorithm_of(self.recipe)
         state = initial_state(algorithm, self.session.adapter, self.recipe.seed)
-        totals = Totals()
-        runtime = self._plain_runtime()
-        val = self._validate("base", algorithm, runtime, state, totals)
-        self._line("base", 0, None, totals, val)
-        self._stage("base", algorithm, runtime, state, totals)
+        totals = Totals(Best(self.best_by))
+        val = self._validate("base", algorithm, self._plain_runtime(), state, totals)
+        tasks = self._tasks("base", algorithm, state, totals) if self.recipe.evaluate.task_rounds else None
+        self._line("base", 0, None, totals, val, tasks)
+        self._stage("base", algorithm, self._plain_runtime(), state, totals)
 
     def _plain_runtime(self) -> Runtime:
         return batched(width_of(self.recipe, self.session.federation, self.session.base))
@@ -286,36 +349,48 @@ class _Runner:
         )
         population = Watched(population_of(federation, recipe, arm), self.display)
         state = initial_state(algorithm, adapter, recipe.seed)
+        flops = training_flops(adapter, state.params)
         saved = self.folder.checkpoints(arm)
-        totals = Totals()
+        totals = Totals(Best(self.best_by), models=len(population.ids) if arm == "local" else 1)
+        every, tasks_every = recipe.evaluate.eval_rounds, recipe.evaluate.task_rounds
         if checkpoint.rounds(saved):
             state, extra = checkpoint.load(saved, state)
-            totals = Totals(**{f.name: extra["totals"][f.name] for f in fields(Totals)})
+            totals = Totals.read(extra["totals"])
             self.folder.keep_rounds(self._rounds_kept(arm, state.round))
         else:
-            val = self._validate(arm, algorithm, runtime, state, totals)
-            self._line(arm, 0, None, totals, val)
-            self._save(arm, state, totals, val)
+            val = self._validate(arm, algorithm, self._plain_runtime(), state, totals)
+            tasks = self._tasks(arm, algorithm, state, totals) if tasks_every else None
+            best = self._choose(arm, state.round, totals, val, tasks)
+            self._line(arm, 0, None, totals, val, tasks)
+            self._save(arm, state, totals, best)
         population.starts(arm, len(sampling_of(recipe, arm, len(population.ids)).cohort(population.ids, 0, 0)))
-        every = recipe.evaluate.eval_rounds
-        for state, report in federate(  # noqa: B020  the state after the last round is used below
+        rounds = federate(
             algorithm,
             adapter,
             runtime,
             state,
             population,
-            rounds=recipe.rounds,
+            rounds=state.round if totals.stopped_early else recipe.rounds,
             sampling=sampling_of(recipe, arm, len(population.ids)),
-        ):
-            totals.count(report)
+        )
+        for state, report in rounds:
+            totals.count(report, flops, population.work)
             last = report.round == recipe.rounds
-            val = None
+            val = tasks = None
             if last or (every and report.round % every == 0):
                 val = self._validate(arm, algorithm, runtime, state, totals)
-            self._line(arm, report.round, report, totals, val)
-            if last or val is not None or report.round % recipe.checkpoint.save_rounds == 0 or self.stop.asked:
-                self._save(arm, state, totals, val)
+            if tasks_every and (last or report.round % tasks_every == 0):
+                tasks = self._tasks(arm, algorithm, state, totals)
+            best = self._choose(arm, report.round, totals, val, tasks)
+            if arm != "local" and not last and not totals.stopped_early:  # then its outcome is what is compared
+                self._after_equal_samples(arm, algorithm, runtime, state, totals, best)
+            self._line(arm, report.round, report, totals, val, tasks)
+            measured = val is not None or tasks is not None
+            if last or measured or report.round % recipe.checkpoint.save_rounds == 0 or self.stop.asked:
+                self._save(arm, state, totals, best)
             self._report()
+            if totals.stopped_early:
+                break
             if self.stop.asked and not last:
                 raise KeyboardInterrupt
         self._stage(arm, algorithm, runtime, state, totals)
@@ -334,28 +409,108 @@ class _Runner:
         clients = [Client(one.id, ()) for one in self.session.federation.clients.values() if len(one.validation)]
         if not clients:
             return None
+        if state.round == 0 and self.untouched is not None:
+            return self.untouched
         start = time.perf_counter()
         self.display.advance(0, 1, f"{arm}: validation")
         found = runtime.evaluate(algorithm, self.session.adapter, state, clients, self.measures.validation)
         require_finite(found, f"validation after round {state.round}", limit=MAX_BAD_SHARE)
+        if state.round == 0:
+            self.untouched = found
         totals.evaluate_seconds += time.perf_counter() - start
         return found
 
-    def _save(self, arm: str, state: State, totals: Totals, val: Mapping[str, Metrics] | None) -> None:
-        best = False
-        if val is not None:
-            total = add_metrics(val.values())
-            score = mean_score(total) if self.recipe.evaluate.best_by == "score" else None
-            value = -score if score is not None else mean_loss(total)  # smaller is better
-            best = totals.best is None or value < totals.best
-            if best:
-                totals.best, totals.best_round = value, state.round
-            totals.last_val_loss = mean_loss(total)
+    def _tasks(self, arm: str, algorithm: Algorithm, state: State, totals: Totals) -> Figures | None:
+        """The benchmarks' figures; where each client has its own model, their mean. None without benchmarks."""
+        benchmarks, adapter, recipe = self.session.benchmarks, self.session.adapter, self.recipe
+        if not benchmarks:
+            return None
+        start = time.perf_counter()
+        adapter.sync(state.base)
+
+        def model(tree: Tree, said: str) -> Any:
+            def answerer(task: str) -> Answerer:
+                return answerer_of(
+                    adapter,
+                    tree,
+                    self.session.base.tokenizer,
+                    batch_size=recipe.evaluate.eval_batch_size,
+                    chat_template=recipe.data.chat_template,
+                    on_progress=lambda done, total, what: self.display.advance(done, total, f"{said}: {task} {what}"),
+                )
+
+            return answerer
+
+        place = place_of(self.folder.path, arm, state.round)
+        named: dict[str, Any] = {"arm": arm if state.round else "base", "round": state.round}
+        each = arm == "local" or bool(algorithm.client.personal(state.params))  # a model per client
+        if not each or state.round == 0:  # before training they are all the same
+            figures, self.left_out = measure(benchmarks, recipe, model(state.params, arm), place, named)
+        else:
+            several, self.left_out = [], {}
+            for number, owner in enumerate(list(self.session.owners)[: recipe.evaluate.task_clients]):
+                rank = rank_of(recipe, owner) if arm == "federated" else None
+                tree = client_model(algorithm, adapter, state, Client(owner, (), rank=rank))
+                own, left_out = measure(
+                    benchmarks,
+                    recipe,
+                    model(tree, f"{arm}, {owner}"),
+                    place,
+                    {**named, "client": owner},
+                    part=f".client_{number:04d}",
+                )
+                several.append(own)
+                self.left_out |= left_out
+            figures = mean_figures(several)
+        totals.evaluate_seconds += time.perf_counter() - start
+        return figures
+
+    def _choose(
+        self, arm: str, round: int, totals: Totals, val: Mapping[str, Metrics] | None, tasks: Figures | None
+    ) -> bool:
+        """Whether this is the arm's best state so far; and whether it has waited long enough for a better one."""
+        settings = self.recipe.evaluate
+        value = value_of(self.best_by, val, tasks)
+        best = totals.best.see(value, round, totals.samples_per_model, settings.early_stopping_threshold or 0.0)
+        patience = settings.early_stopping_patience
+        if patience is not None and totals.best.waited >= patience and round < self.recipe.rounds:
+            totals.stopped_early = True
+            self.display.message(
+                f"{arm}: stopped after round {round}: {self.best_by} was no better than that of round "
+                f"{totals.best.round} for {totals.best.waited} evaluations"
+            )
+        return best
+
+    def _after_equal_samples(
+        self, arm: str, algorithm: Algorithm, runtime: Runtime, state: State, totals: Totals, best: bool
+    ) -> None:
+        """Test the arm after the first round in which its model has seen as many samples as a local model will."""
+        if self.equal_samples is None or totals.equal is not None or totals.samples_per_model < self.equal_samples:
+            return
+        seen = totals.samples_per_model
+        if self.recipe.checkpoint.export == "best" and not best:  # the best of what these samples gave
+            state, seen = self._best_state(arm, state), totals.best.samples
+        result = self._test(arm, algorithm, runtime, state, totals, f"{arm}: test after {self.equal_samples} samples")
+        totals.equal = {"round": state.round, "samples": seen, "result": result}
+
+    def _best_state(self, arm: str, like: State) -> State:
+        return checkpoint.load(self.folder.checkpoints(arm), like, "best")[0]
+
+    def _save(self, arm: str, state: State, totals: Totals, best: bool) -> None:
+        start = time.perf_counter()
+        totals.peak_memory = max(totals.peak_memory, peak_memory_bytes())
         extra = {"totals": asdict(totals), "arm": arm}
         checkpoint.save(self.folder.checkpoints(arm), state, extra, self.recipe.checkpoint.save_total_limit, best)
+        totals.checkpoint_seconds += time.perf_counter() - start
 
     def _line(
-        self, arm: str, round: int, report: RoundReport | None, totals: Totals, val: Mapping[str, Metrics] | None
+        self,
+        arm: str,
+        round: int,
+        report: RoundReport | None,
+        totals: Totals,
+        val: Mapping[str, Metrics] | None,
+        tasks: Figures | None,
     ) -> None:
         total = None if val is None else add_metrics(val.values())
         line: dict[str, Any] = {
@@ -373,6 +528,8 @@ class _Runner:
             scored = {client: mean_score(row) for client, row in val.items()}
             if any(score is not None for score in scored.values()):
                 line["score_per_client"] = scored
+        if tasks is not None:
+            line["tasks"] = tasks
         if report is not None:
             sent = arm == "federated"
             done = max(1, len(report.clients))
@@ -384,7 +541,10 @@ class _Runner:
                 "bytes_up_per_client": report.metrics["bytes_up"] / done if sent else 0,
                 "bytes_down_per_client": report.metrics["bytes_down"] / done if sent else 0,
                 "tokens": int(report.metrics["tokens"]),
+                "samples": int(report.metrics["examples"]),
+                "samples_seen": totals.samples_per_model,
                 "seconds": report.seconds,
+                "communication_seconds": report.metrics.get("communication_seconds", 0.0),
                 "tokens_per_second": report.metrics["tokens"] / max(report.seconds, 1e-9),
                 "slowest": self._slowest(report),
                 "learning_rate": self.recipe.client.learning_rate
@@ -402,12 +562,14 @@ class _Runner:
         median = seconds[len(seconds) // 2][0]
         return [seconds[-1][1], seconds[-1][0] / max(median, 1e-9)]
 
-    def _stage(self, arm: str, algorithm: Algorithm, runtime: Runtime, state: State, totals: Totals) -> None:
-        """Test the arm's outcome and note that it is done."""
+    def _test(
+        self, arm: str, algorithm: Algorithm, runtime: Runtime, state: State, totals: Totals, what: str
+    ) -> ArmResult:
+        """The arm on the test sets."""
         start = time.perf_counter()
         owners = list(self.session.owners)
         clients = [Client(owner, ()) for owner in owners]
-        self.display.advance(0, 1, f"{arm}: test")
+        self.display.advance(0, len(clients), what)
         # the pooled model is everyone's model, so the global arm is evaluated like the base and the federated one
         evaluation = self.measures.common if arm == "local" else self.measures.own
         found: dict[str, Metrics] = {}
@@ -415,24 +577,47 @@ class _Runner:
         for first in range(0, len(clients), width):
             block = clients[first : first + width]
             found.update(runtime.evaluate(algorithm, self.session.adapter, state, block, evaluation))
-            self.display.advance(len(found), len(clients), f"{arm}: test")
-        outcome = model_each(found, owners) if arm == "local" else one_model(found)
+            self.display.advance(len(found), len(clients), what)
         totals.evaluate_seconds += time.perf_counter() - start
+        return model_each(found, owners) if arm == "local" else one_model(found)
+
+    def _stage(self, arm: str, algorithm: Algorithm, runtime: Runtime, state: State, totals: Totals) -> None:
+        """Test the arm's outcome and note that it is done."""
+        rounds, seen = state.round, totals.samples_per_model
+        if self.recipe.checkpoint.export == "best" and totals.best.round not in (None, state.round):
+            state, seen = self._best_state(arm, state), totals.best.samples
+        result = self._test(arm, algorithm, runtime, state, totals, f"{arm}: test")
+        tasks = self._tasks(arm, algorithm, state, totals)
         if arm == "federated" or (arm == "global" and "federated" not in self.recipe.arms):
             self._export(state)
+        outcome: Outcome = {
+            "rounds": rounds,
+            "planned_rounds": 0 if arm == "base" else self.recipe.rounds,
+            "stopped_early": totals.stopped_early,
+            "best_round": totals.best.round,
+            "best_by": totals.best.by,
+            "best_value": totals.best.value,
+            "round": state.round,
+        }
+        compared = totals.equal or {"round": state.round, "samples": seen, "result": result}
+        totals.peak_memory = max(totals.peak_memory, peak_memory_bytes())
         self.folder.write_stage(
             arm,
             {
-                "result": outcome,
-                "costs": self._arm_costs(arm, totals, state.round),
+                "result": result,
+                "costs": self._arm_costs(arm, totals, rounds),
                 "failed_client_rounds": totals.failed,
-                "best_round": totals.best_round,
+                "best_round": totals.best.round,
+                **({} if arm == "base" else {"outcome": outcome}),
+                **({} if tasks is None else {"tasks": tasks, "tasks_left_out": self.left_out}),
+                **({} if self.equal_samples is None else {"equal_samples": compared}),
             },
         )
-        self.trackers.end(outcome)
+        self.trackers.end({**result, **({} if tasks is None else {"tasks": tasks})})
 
     def _arm_costs(self, arm: str, totals: Totals, rounds: int) -> ArmCosts:
         sent = totals.client_rounds if arm == "federated" else 0
+        facts = self.folder.read_facts()["model"]
         return {
             "bytes_up_per_client_round": totals.bytes_up / sent if sent else 0.0,
             "bytes_down_per_client_round": totals.bytes_down / sent if sent else 0.0,
@@ -440,7 +625,17 @@ class _Runner:
             "train_seconds": totals.seconds,
             "tokens_per_second": totals.tokens / totals.seconds if totals.seconds else 0.0,
             "evaluate_seconds": totals.evaluate_seconds,
+            "communication_seconds": totals.communication_seconds,
+            "checkpoint_seconds": totals.checkpoint_seconds,
             "rounds": rounds,
+            "samples": int(totals.samples),
+            "samples_per_model": totals.samples_per_model,
+            "padded_tokens": int(totals.padded_tokens),
+            "flops": totals.flops,
+            "flops_padded": totals.flops_padded,
+            "peak_memory_bytes": totals.peak_memory,
+            "peak_memory_of": "arm" if self.own_peaks else "process",
+            "trainable_share": 0.0 if arm == "base" else facts["trainable_parameters"] / facts["total_parameters"],
         }
 
     def _export(self, state: State) -> None:
@@ -462,20 +657,33 @@ class _Runner:
         facts = self.folder.read_facts()
         per_arm = {arm: stages[arm]["costs"] for arm in arms}
         main = next((arm for arm in ("federated", "global", "local", "base") if arm in stages), "base")
+        own = per_arm[main]
+        peaks = [facts.get("prepare_peak_memory_bytes", 0), *(costs["peak_memory_bytes"] for costs in per_arm.values())]
         costs: Costs = {
-            "bytes_up_per_client_round": per_arm[main]["bytes_up_per_client_round"],
-            "bytes_down_per_client_round": per_arm[main]["bytes_down_per_client_round"],
-            "train_tokens": per_arm[main]["train_tokens"],
-            "train_seconds": per_arm[main]["train_seconds"],
-            "tokens_per_second": per_arm[main]["tokens_per_second"],
-            "peak_memory_bytes": peak_memory_bytes(),
+            "bytes_up_per_client_round": own["bytes_up_per_client_round"],
+            "bytes_down_per_client_round": own["bytes_down_per_client_round"],
+            "train_tokens": own["train_tokens"],
+            "train_seconds": own["train_seconds"],
+            "tokens_per_second": own["tokens_per_second"],
+            "peak_memory_bytes": max(peaks),
             "trainable_parameters": facts["model"]["trainable_parameters"],
             "total_parameters": facts["model"]["total_parameters"],
+            "trainable_share": facts["model"]["trainable_parameters"] / facts["model"]["total_parameters"],
+            "prepare_seconds": facts.get("prepare_seconds", 0.0),
+            "samples": own["samples"],
+            "flops": own["flops"],
+            "communication_seconds": own["communication_seconds"],
+            "evaluate_seconds": own["evaluate_seconds"],
         }
         report = self.session.federation.report
+        tasks = {arm: stages[arm]["tasks"] for arm in arms if "tasks" in stages[arm]}
+        left_out = {arm: stages[arm].get("tasks_left_out") or {} for arm in tasks}
         result = build_result(
             seed=self.recipe.seed,
             arms={arm: stages[arm]["result"] for arm in arms},
+            equal_samples=self._compared(arms, stages),
+            tasks=tasks or None,
+            outcomes={arm: stages[arm]["outcome"] for arm in arms if "outcome" in stages[arm]},
             costs=costs,
             costs_per_arm=per_arm,
             data=report.to_json(),
@@ -485,12 +693,19 @@ class _Runner:
                 "rows": dict(report.left_out),
                 "answers_cut": report.cut,
                 "client_rounds_failed": {arm: stages[arm]["failed_client_rounds"] for arm in arms},
+                **({"tasks": left_out} if any(left_out.values()) else {}),
             },
         )
         self.folder.write_result(result)
         self.folder.log("done")
         self._report(force=True)
         return dict(result)
+
+    def _compared(self, arms: Sequence[str], stages: Mapping[str, Any]) -> EqualSamples | None:
+        if self.equal_samples is None:
+            return None
+        found: dict[str, SampledArm] = {arm: stages[arm]["equal_samples"] for arm in arms}
+        return {"samples": self.equal_samples, "arms": found}
 
     def _report(self, *, force: bool = False) -> None:
         if force or time.monotonic() - self.reported > REPORT_SECONDS:
@@ -499,7 +714,7 @@ class _Runner:
 
 
 class Watched:
-    """A population whose batches tell the display when they are drawn, so that a round shows how far it is."""
+    """A population whose batches are counted as they are opened, and tell the display when they are drawn."""
 
     def __init__(self, inner: Clients, display: Display) -> None:
         self.inner, self.display = inner, display
@@ -508,6 +723,7 @@ class Watched:
         self.done = self.total = 0
         self.what = ""
         self.cohort = 1
+        self.work: dict[str, Work] = {}  # of this round's clients
 
     def starts(self, what: str, cohort: int) -> None:
         self.what, self.cohort = what, cohort
@@ -516,8 +732,10 @@ class Watched:
         opened = self.inner.open(client, round)
         if round != self.round:
             self.round, self.done, self.total = round, 0, 0
+            self.work = {}
         self.total += len(opened.batches)
         assert isinstance(opened.batches, Batches)
+        self.work[client] = work_of(opened.batches)
         return opened._replace(batches=_Counted(opened.batches, self))
 
     def drawn(self) -> None:

@@ -22,6 +22,7 @@ from fedloom.ops.host import tune_host
 from fedloom.rounds import initial_state
 from fedloom.runtimes.cohort import train_block
 from fedloom.study import checkpoint
+from fedloom.study.arm_tasks import Benchmark, open_benchmarks
 from fedloom.study.build import (
     adapter_of,
     algorithm_of,
@@ -30,13 +31,15 @@ from fedloom.study.build import (
     population_of,
     width_of,
 )
+from fedloom.study.choose import LAST
+from fedloom.study.costs import peak_memory_bytes
 from fedloom.study.folder import temporary_beside
-from fedloom.study.measure import Measures, OnScored, measures
+from fedloom.study.measure import Measures, OnScored, measures, score_of
 from fedloom.study.progress import amount, byte_text, duration
-from fedloom.study.recipe import Recipe
+from fedloom.study.recipe import BEST_BY, Recipe
 from fedloom.types import Adapter, Client, Site
 
-SMOKE_CLIENTS, SMOKE_ROWS, SMOKE_STEPS = 2, 8, 2
+SMOKE_CLIENTS, SMOKE_ROWS, SMOKE_STEPS, SMOKE_ITEMS = 2, 8, 2, 2
 
 
 def device_name() -> str:
@@ -57,6 +60,8 @@ class Session:
     federation: Federation
     adapter: Adapter
     threads: int
+    benchmarks: Sequence[Benchmark] = ()
+    best_by: str = LAST  # what a best state is chosen by; LAST where there is nothing
 
     @property
     def owners(self) -> Sequence[str]:
@@ -74,19 +79,50 @@ def open_session(recipe: Recipe, *, smoke: bool = False) -> Session:
     """Load the model, prepare the data, put the adapter on.
 
     Raises:
-        UserError: model, data, split or adapter are not as they should be; nothing was written.
+        UserError: model, data, split, adapter or benchmarks are not as they should be; nothing was written.
     """
     host = tune_host(recipe.runtime.threads)
     algorithm_of(recipe)  # a wrong composition is told before anything is loaded
+    benchmarks = open_benchmarks(recipe)
     base = make_base(recipe)
     federation = prepare(recipe.data, recipe.split, base.tokenizer, recipe.seed)
     _check_trainable(federation)
     _check_positions(base, recipe, federation)
+    best_by = _chosen_by(recipe, federation)
     if smoke:
         federation = federation.small(SMOKE_CLIENTS, SMOKE_ROWS)
         recipe = smoke_recipe(recipe)
+        best_by = _chosen_by(recipe, federation)
     _check_cohort(recipe, federation)
-    return Session(recipe, base, federation, adapter_of(base, recipe), host.threads)
+    return Session(recipe, base, federation, adapter_of(base, recipe), host.threads, benchmarks, best_by)
+
+
+def _chosen_by(recipe: Recipe, federation: Federation) -> str:
+    """What the best state is chosen by with this data.
+
+    Raises:
+        UserError: the recipe chooses by what this data does not have.
+    """
+    settings = recipe.evaluate
+    wanted = settings.best_by
+    if wanted is not None and "/" in wanted:
+        return wanted
+    if wanted is None or not any(len(client.validation) for client in federation.clients.values()):
+        if settings.early_stopping_patience is not None:
+            raise UserError(
+                f"evaluate.early_stopping_patience {settings.early_stopping_patience}, but no client has a validation "
+                "row: there is nothing to stop by",
+                hint="a larger data.val_set_size, or early_stopping_patience=null",
+                code="evaluate.best_by",
+            )
+        return LAST
+    if BEST_BY[wanted] and score_of(recipe, federation) == "none":
+        raise UserError(
+            f"evaluate.best_by {wanted}, but these rows have no score of their own (evaluate.score auto found none)",
+            hint="evaluate.best_by=loss, or name a score: evaluate.score=exact",
+            code="evaluate.best_by",
+        )
+    return wanted
 
 
 def smoke_recipe(recipe: Recipe) -> Recipe:
@@ -97,7 +133,16 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
             "rounds": 1,
             "clients_per_round": None,
             "client": recipe.client.model_copy(update={"warmup_rounds": 0}),
-            "evaluate": recipe.evaluate.model_copy(update={"eval_rounds": 1}),
+            "evaluate": recipe.evaluate.model_copy(
+                update={
+                    "eval_rounds": 1,
+                    "early_stopping_patience": None,
+                    "early_stopping_threshold": None,
+                    "task_limit": SMOKE_ITEMS if recipe.evaluate.tasks else None,
+                    "task_rounds": None if recipe.evaluate.task_rounds is None else 1,
+                    "task_clients": None if recipe.evaluate.task_clients is None else SMOKE_CLIENTS,
+                }
+            ),
             "runtime": recipe.runtime.model_copy(update={"client_dropout": 0.0}),
             **steps,
         }
@@ -162,6 +207,7 @@ class PlanReport:
     bytes_down_per_client_round: int
     bytes_total: int
     score: str
+    benchmarks: dict[str, int]
     arms: list[str]
     clients_per_batch: int
     data: str
@@ -189,6 +235,9 @@ class PlanReport:
             f"{byte_text(self.bytes_down_per_client_round)} per client and round; "
             f"{byte_text(self.bytes_total)} in all",
         ]
+        if self.benchmarks:
+            items = ", ".join(f"{name} {count:,} items" for name, count in self.benchmarks.items())
+            lines.insert(-2, f"tasks     {items}, put to each arm's model")
         if self.train_seconds is not None and self.tokens_per_second is not None:
             lines.append(
                 f"time      about {duration(self.train_seconds)} of training at {amount(self.tokens_per_second)} "
@@ -239,6 +288,7 @@ def plan(session: Session, *, probe: bool = True) -> PlanReport:
         bytes_down_per_client_round=down,
         bytes_total=(up + down) * cohort * recipe.rounds,
         score=session.measures().score,
+        benchmarks={one.task.name: one.items for one in session.benchmarks},
         arms=list(recipe.arms),
         clients_per_batch=width_of(recipe, federation, session.base) if recipe.runtime.kind == "batched" else 1,
         data=report.said,
@@ -286,17 +336,6 @@ def _probe(session: Session) -> float:
     typical: dict[str, Batches] = {client: population.batches(client, 0)[:2] for client in ids}
     tokens = sum(batches.num_tokens for batches in typical.values())
     return tokens / max(run(dict(typical)), 1e-6)
-
-
-def peak_memory_bytes() -> int:
-    """Of the accelerator where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def try_checkpoint(session: Session, folder: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_benchmarks_name_goes_before_a_file_of_that_name(fedloom: Callable[...
         (["adapter"], "adapter is an adapter and has no test rows"),
         (["model", "--tasks", "own.jsonl"], "exact=own.jsonl"),
         (["model", "--tasks", "gsm8"], "no such task: 'gsm8'; did you mean 'gsm8k'"),
-        (["model", "--tasks", "mmmlu=data/mmlu"], "no such task: 'mmmlu'; did you mean 'mmlu'"),
+        (["model", "--tasks", "mmluu=data/mmlu"], "no such task: 'mmluu'; did you mean 'mmlu'"),
         (["model", "--tasks", ","], "names nothing"),
         (["model", "--tasks", "boolq"], r"boolq: its files are not on this machine(.|\n)*boolq_test\.json"),
         (["model", "--tasks", "gsm8k=nowhere.jsonl"], "there is no nowhere.jsonl"),

@@ -340,6 +340,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedloom.evaluate import harness_run
 
     monkeypatch.setattr(harness, "known", lambda: found)
+    monkeypatch.setattr(harness, "_is_written_anywhere", lambda name: True)
     monkeypatch.setattr(harness_run, "known", lambda: found)
     harness_run._all_tasks.cache_clear()
 
@@ -409,6 +410,12 @@ def test_the_names_of_the_harness_are_read_once(tmp_path: Path, monkeypatch: pyt
     for scenarios in SETS.values():
         for one in scenarios:
             assert (one.task or "").partition("lm_eval:")[2] in {"", *found}
+    assert harness._is_written_anywhere("arc_easy") and not harness._is_written_anywhere("arc_eazy")
     monkeypatch.setattr(harness_run, "index_of", None)
     harness.known.cache_clear()
     assert harness.known() == found
+    (tmp_path / "cache/fedloom/lm_eval_tasks.json").write_text('{"stamp": []}')
+    harness.known.cache_clear()
+    with pytest.raises(TypeError):  # another version: it would be read anew
+        harness.known()
+    harness.known.cache_clear()

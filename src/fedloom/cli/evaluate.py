@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,20 +12,23 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from fedloom.cli.common import FormatOption, OutputFormat, out, print_data, relative, say, table
-from fedloom.errors import UserError
+from fedloom.errors import FedloomError, UserError
 
 if TYPE_CHECKING:
     from fedloom.evaluate.tasks.base import TaskSettings
     from fedloom.evaluate.tasks.run import TaskResult
+    from fedloom.evaluate.tasks.sets import SetResult
 
 __all__ = ["register"]
 
 BATCH_SIZE = 16
 MOST_GROUPS = 12  # lines of groups that are printed; more are in the files
 STDERR = "_stderr"
+_NO_SHARE = re.compile("perplexity|bits|brier|likelihood|loss")  # metrics of the harness
 REASONS = {
     "too_long": "items were not asked and count as wrong: the question alone is longer than the model's positions",
     "fewer_shots": "items had fewer solved examples than meant, to fit into the model's positions",
+    "cut_on_the_left": "questions lost their start, to fit into the model's positions",
     "less_room": "answers could not become as long as they may, for the model's positions",
 }
 
@@ -34,6 +38,7 @@ class _Entry(NamedTuple):
 
     task: str | None
     path: str | None  # of a task: its files; without a task: data
+    optional: bool = False  # only a set names it
 
 
 def register(app: typer.Typer) -> None:
@@ -53,8 +58,8 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Benchmarks (NAME or NAME=FILE, see `fedloom ls tasks`), or for a run other data in place of its own "
-            "test rows: files, folders, hub ids, builtin:NAME.",
+            help="Benchmarks (NAME, NAME=FILE, a set, lm_eval:NAME, lm_eval:FILE.yaml; see `fedloom ls tasks`), or "
+            "for a run other data in place of its own test rows: files, folders, hub ids, builtin:NAME.",
             metavar="TASK,...",
             show_default=False,
         ),
@@ -119,7 +124,7 @@ def evaluate(
         return
     if target is None:
         raise UserError("eval needs a run or a model", "fedloom eval runs/NAME --tasks gsm8k", "cli.missing_argument")
-    entries = _entries(tasks)
+    entries, set_names = _entries(tasks)
     data = [entry.path for entry in entries if entry.task is None]
     named = [entry for entry in entries if entry.task is not None]
     from fedloom.evaluate.tasks.base import TaskSettings
@@ -141,10 +146,17 @@ def evaluate(
     found: list[dict[str, Any]] = []
     if named:
         # Everything is read before a model is loaded.
+        from fedloom.evaluate.tasks.sets import set_result
         from fedloom.study.benchmarks import ask, kind_of, measure, open_target
 
         kind_of(target)
-        asked = [ask(entry.task or "", Path(entry.path) if entry.path else None, settings) for entry in named]
+        reasons: dict[str, str] = {}  # task of a set -> why it is not measured
+        asked = []
+        for entry in named:
+            with _optional(entry, reasons):
+                asked.append((entry, ask(entry.task or "", Path(entry.path) if entry.path else None, settings)))
+        if not asked:
+            raise UserError("none of these tasks can be measured", "the reasons are above", "task.none")
     if data:
         from fedloom.study.tuned import evaluate_run
 
@@ -173,41 +185,61 @@ def evaluate(
         )
         place = folder or opened.home
         results = []
-        for one in asked:
-            with _bar(one.task.name) as on_progress:
+        for entry, one in asked:
+            with _optional(entry, reasons), _bar(one.task.name) as on_progress:
                 results.append(
                     measure(opened, one, batch_size=batch_size or BATCH_SIZE, out=place, on_progress=on_progress)
                 )
+        summaries = {result.name: result.summary for result in results}
+        sets = [set_result(name, summaries, reasons) for name in set_names]
         if output is OutputFormat.text:
             _show(results, opened.about, output)
+            for one_set in sets:
+                _show_set(one_set)
         found += [{**_json(result), "model": opened.about} for result in results]
+        found += [{**one_set.to_json(), "model": opened.about} for one_set in sets]
     if output is OutputFormat.json:
         print_data(found)
 
 
-def _entries(tasks: str | None) -> list[_Entry]:
-    """What --tasks names: a task's name goes before a file of the same name, and that is said."""
-    from fedloom.evaluate.tasks import find_task, is_task
+def _entries(tasks: str | None) -> tuple[list[_Entry], list[str]]:
+    """What --tasks names, and the sets among it. A task goes before a file of the same name, and that is said."""
+    from fedloom.evaluate.tasks import is_task
+    from fedloom.evaluate.tasks.sets import SETS, expanded_names
 
     if tasks is None:
-        return [_Entry(None, None)]
-    found = []
+        return [_Entry(None, None)], []
+    found: list[_Entry] = []
+    sets: list[str] = []
     for word in filter(None, map(str.strip, tasks.split(","))):
         name, mark, path = word.partition("=")
-        if mark and is_task(name):
-            found.append(_Entry(name, path))
-        elif is_task(word):
-            if Path(word).exists():
-                say(f"note: {word} is the benchmark; the file or folder here is ./{word}")
-            found.append(_Entry(word, None))
-        elif Path(word).exists() or any(sign in name for sign in "/.:"):
+        known = is_task(name) if mark else is_task(word)
+        if word in SETS:
+            sets.append(word)
+        elif not known and (Path(word).exists() or any(sign in name for sign in "/.:")):
             found.append(_Entry(None, word))
         else:
-            find_task(name)  # says the nearest
-            found.append(_Entry(name, path or None))
+            if known and not mark and Path(word).exists():
+                say(f"note: {word} is the benchmark; the file or folder here is ./{word}")
+            found += [_Entry(task, path or None) for task in expanded_names([name])]  # or says the nearest
+    named = {entry.task for entry in found}
+    found += [_Entry(task, None, optional=True) for task in expanded_names(sets) if task not in named]
     if not found:
         raise UserError("--tasks names nothing", "fedloom ls tasks", "cli.usage")
-    return found
+    return found, sets
+
+
+@contextlib.contextmanager
+def _optional(entry: _Entry, reasons: dict[str, str]) -> Iterator[None]:
+    """In a set a task that cannot be measured is a row that says why; by itself it is an error."""
+    try:
+        yield
+    except FedloomError as error:
+        if not entry.optional:
+            raise
+        reasons[str(entry.task)] = error.message
+        hint = f"\n  {error.hint}" if error.hint else ""
+        say(f"note: {entry.task} is left out: {error.message}{hint}")
 
 
 def _pairs(words: Sequence[str] | None) -> dict[str, str]:
@@ -301,6 +333,16 @@ def _show(results: Sequence[TaskResult], about: dict[str, Any], output: OutputFo
         say("nothing was kept: --out DIR keeps what was asked and answered")
 
 
+def _show_set(result: SetResult) -> None:
+    """A row for each scenario; the mean only where all were measured."""
+    lines = [[row.scenario, row.task or "-", row.metric or "-", _value(row.metric, row.value), row.note]
+             for row in result.rows]  # fmt: skip
+    done = f"{result.measured} of {len(result.rows)} measured"
+    mean = "no mean: that needs all of them" if result.mean is None else f"mean {_value('', result.mean)}"
+    out(f"\n{result.name}: {done}, {mean}")
+    out(table(lines, ("scenario", "task", "metric", "value", "note")))
+
+
 def _file(result: TaskResult, suffix: str = ".jsonl") -> str:
     return relative(result.file.with_suffix(suffix)) if result.file is not None else ""
 
@@ -315,11 +357,21 @@ def _lines(result: TaskResult) -> tuple[list[list[str]], int]:
     rows = []
     for name in ordered:
         error = summary.get(name + STDERR)
-        value = f"{100 * summary[name]:.2f} %" + (f" ± {100 * error:.2f}" if error is not None else "")
+        value = _value(name, summary[name], error)
         first = name == result.metric
         label = "  " + name.partition("/")[2] if "/" in name else name
         rows.append([result.name if first else "", label, value, f"{result.items:,}" if first else ""])
     return rows, sum("/" in name for name in summary) - len(shown)
+
+
+def _value(metric: str, value: float | None, error: float | None = None) -> str:
+    """A share as a percentage; anything else as it is."""
+    if value is None:
+        return "-"
+    share = 0 <= value <= 1 and not _NO_SHARE.search(metric)
+    number, of = (100 * value, 100.0) if share else (value, 1.0)
+    shown = f"{number:.2f} %" if share else f"{number:.5g}"
+    return shown + (f" ± {of * error:.2f}" if error is not None else "")
 
 
 def _show_data(one: dict[str, Any]) -> None:

@@ -132,7 +132,9 @@ _BUILTIN_TASKS = {
 def _tasks() -> list[dict[str, Any]]:
     """Benchmarks, what they measure, and where their files are or would be."""
     from fedloom.data.places import data_home
+    from fedloom.evaluate.harness import is_installed
     from fedloom.evaluate.tasks import TASKS, find_task
+    from fedloom.evaluate.tasks.sets import SETS, tasks_of
 
     found = []
     for name in TASKS:
@@ -144,6 +146,16 @@ def _tasks() -> list[dict[str, Any]]:
         found.append(
             {"name": name, "time": state, "about": about, "metric": task.metric, "place": place, "source": task.source}
         )
+    for name, scenarios in SETS.items():
+        there = ", ".join(one.task for one in scenarios if one.task is not None)
+        number = f"{len(tasks_of(name))} of {len(scenarios)}"
+        found.append({"name": name, "time": "a set", "about": f"{number} scenarios have a task: {there}"})
+    state, way = ("installed", "") if is_installed() else ("not here", " (pip install 'fedloom[eval]')")
+    for name, about in (
+        ("lm_eval:NAME", "any task of the lm-evaluation-harness; NAME alone where fedloom has none of that name"),
+        ("lm_eval:FILE", "a task of your own as a YAML file of the harness, or a folder of these: lm_eval:./mine.yaml"),
+    ):
+        found.append({"name": name, "time": state, "about": about + way})
     return found
 
 

@@ -10,7 +10,9 @@ import functools
 import importlib.util
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +23,18 @@ from fedloom.evaluate.tasks.base import Answer, Item, ItemScore, Task, TaskSetti
 if TYPE_CHECKING:
     from fedloom.evaluate.tasks.run import Answerer, TaskResult
 
-__all__ = ["PREFIX", "Known", "expanded", "is_known", "is_path", "known", "require", "task_of", "unsafe"]
+__all__ = [
+    "PREFIX",
+    "Known",
+    "expanded",
+    "is_installed",
+    "is_known",
+    "is_path",
+    "known",
+    "require",
+    "task_of",
+    "unsafe",
+]
 
 PREFIX = "lm_eval:"
 MEAN = "mean"  # of a group's tasks, where the group itself has no sum: of the first metric of each
@@ -47,7 +60,7 @@ class Known(NamedTuple):
 
 def require() -> None:
     """Raise unless the harness is installed."""
-    if not _is_installed():
+    if not is_installed():
         raise UserError(
             "the lm-evaluation-harness is not installed", "pip install 'fedloom[eval]'", "task.harness_missing"
         )
@@ -55,13 +68,13 @@ def require() -> None:
 
 def is_known(name: str) -> bool:
     """Whether the harness is installed and has a task, group or tag of this name."""
-    return _is_installed() and name in known()
+    return is_installed() and (_cache().exists() or _is_written_anywhere(name)) and name in known()
 
 
 def is_path(name: str) -> bool:
     """Whether a name is one of a YAML file or of a folder of these, which must be there."""
     path = Path(name).expanduser()
-    if path.suffix not in (".yaml", ".yml") and not (len(path.parts) > 1 and path.exists()):
+    if path.suffix not in (".yaml", ".yml") and not ("/" in name and path.exists()):
         return False
     if not path.exists():
         raise UserError(f"there is no task file {name}", code="task.unknown")
@@ -168,7 +181,8 @@ def _not_by_itself(items: Sequence[Item], values: Sequence[Answer] | Sequence[It
     raise NotImplementedError("the harness judges what it asked itself: `run`")
 
 
-def _is_installed() -> bool:
+def is_installed() -> bool:
+    """Whether the harness is there (without importing it)."""
     return importlib.util.find_spec("lm_eval") is not None
 
 
@@ -179,9 +193,7 @@ def _is_installed() -> bool:
 def known() -> Mapping[str, Known]:
     """Every task, group and tag that comes with the harness."""
     require()
-    [home] = importlib.util.find_spec("lm_eval").submodule_search_locations  # type: ignore[union-attr,misc]
-    stamp = _stamp(Path(home) / "tasks")
-    cache = user_cache() / "lm_eval_tasks.json"
+    cache, stamp = _cache(), _stamp()
     try:
         kept = json.loads(cache.read_text(encoding="utf-8"))
         if kept["stamp"] == stamp:
@@ -195,13 +207,35 @@ def known() -> Mapping[str, Known]:
     return found
 
 
-def _stamp(folder: Path) -> list[int | str]:
+def _cache() -> Path:
+    return user_cache() / "lm_eval_tasks.json"
+
+
+def _home() -> Path:
+    [home] = importlib.util.find_spec("lm_eval").submodule_search_locations  # type: ignore[union-attr,misc]
+    return Path(home) / "tasks"
+
+
+def _files() -> Iterator[Path]:
+    for place, _, files in os.walk(_home()):
+        yield from (Path(place) / file for file in files if file.endswith(".yaml"))
+
+
+def _is_written_anywhere(name: str) -> bool:
+    """Whether any of the harness's files has the name as a word: reading them takes a tenth of understanding them."""
+    word = re.compile(rb"(?<![\w-])" + re.escape(name.encode()) + rb"(?![\w-])")
+    return any(word.search(file.read_bytes()) for file in _files())
+
+
+def _stamp() -> list[int | str]:
     """What changes with any of the harness's task files."""
-    number, newest = 0, 0
-    for place, _, files in os.walk(folder):
-        newest = max(newest, os.stat(place).st_mtime_ns)
-        number += sum(file.endswith(".yaml") for file in files)
-    return [str(folder), number, newest, *Known._fields]
+    number, newest, folder = 0, 0, ""
+    for file in _files():
+        if folder != str(file.parent):
+            folder = str(file.parent)
+            newest = max(newest, os.stat(folder).st_mtime_ns)
+        number += 1
+    return [version("lm_eval"), str(_home()), number, newest, *Known._fields]
 
 
 def _keep(path: Path, value: Any) -> None:

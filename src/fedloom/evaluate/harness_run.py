@@ -255,6 +255,7 @@ def _data_at_hand(name: str, source: Path | None, beside: Path | None) -> Iterat
 
     def load(path: str, name_of_part: str | None = None, **more: Any) -> Any:
         part = more.pop("name", name_of_part)
+        which = f"{path} ({part})" if part else path
         local = source or data_home() / "hub" / path
         if source is not None and not source.expanduser().exists():
             raise UserError(f"{name}: there is no {source}", f"its data set is {path}", "data.missing")
@@ -264,12 +265,18 @@ def _data_at_hand(name: str, source: Path | None, beside: Path | None) -> Iterat
             files = {"data_files": _resolved(more["data_files"], beside)} if more.get("data_files") else {}
             return original(path, name=part, **{**more, **files})
         if local.exists():
-            return original(str(local), name=part, **more)
+            try:
+                return original(str(local), name=part, **more)
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"{name}: {local} is no copy of its data set {which}: {_first(error)}",
+                    f"hf download {path} --repo-type dataset --local-dir {local}",
+                    "data.format",
+                ) from error
         with _offline():
             try:
                 return original(path, name=part, **more)
             except (OSError, ValueError) as error:
-                which = f"{path} ({part})" if part else path
                 raise UserError(
                     f"{name}: its data set {which} is not on this machine, and cannot be had: {_first(error)}",
                     f"on a machine with a network: hf download {path} --repo-type dataset --local-dir DIR\n"

@@ -55,7 +55,14 @@ def find_task(name: str) -> Task:
             made: Task = _value(place)(name.removeprefix(start))
             return made
     if name not in TASKS:
-        raise UserError(f"no such task: {name!r}{suggest(name, TASKS)}", "fedloom ls tasks", "task.unknown")
+        from fedloom.evaluate.harness import is_known, task_of
+        from fedloom.evaluate.tasks.sets import SETS
+
+        if name in SETS:
+            raise UserError(f"{name} is a set of tasks", "fedloom eval TARGET --tasks " + name, "task.several")
+        if is_known(name):
+            return task_of(name)
+        raise UserError(f"no such task: {name!r}{suggest(name, [*TASKS, *SETS])}", "fedloom ls tasks", "task.unknown")
     task: Task = _value(TASKS[name])
     return task
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from fedloom.evaluate.harness import PREFIX, expanded, is_known
+from fedloom.evaluate.tasks import TASKS
 
 __all__ = ["SETS", "Scenario", "SetResult", "SetRow", "expanded_names", "set_result", "tasks_of"]
 
@@ -46,6 +49,10 @@ class SetResult(NamedTuple):
         """Over the scenarios, when all of them were measured."""
         values = [row.value for row in self.rows if row.value is not None]
         return math.fsum(values) / len(values) if len(values) == len(self.rows) else None
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [row._asdict() for row in self.rows]
+        return {"set": self.name, "measured": self.measured, "scenarios": len(rows), "mean": self.mean, "rows": rows}
 
 
 NOWHERE = "neither fedloom nor the harness has a task for it"
@@ -91,7 +98,8 @@ def tasks_of(name: str) -> list[str]:
 
 
 def expanded_names(names: Iterable[str]) -> list[str]:
-    """Names of tasks in place of those of sets and of the harness's tags and folders; each task once.
+    """Names of tasks in place of those of sets, of the harness's tags and folders, and of its tasks without "lm_eval:";
+    each task once. A name that nobody knows stays as it is.
 
     Raises:
         UserError: the harness is not installed, or knows no such name.
@@ -100,9 +108,7 @@ def expanded_names(names: Iterable[str]) -> list[str]:
     for name in names:
         if name in SETS:
             found += tasks_of(name)
-        elif name.startswith("lm_eval:"):
-            from fedloom.evaluate.harness import expanded
-
+        elif name.startswith(PREFIX) or (name not in TASKS and is_known(name)):
             found += expanded(name)
         else:
             found.append(name)

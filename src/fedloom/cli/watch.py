@@ -46,7 +46,7 @@ def report(
         typer.Option(metavar="FILE", help="Quality against bytes as a picture too: .svg, .png or .pdf."),
     ] = None,
 ) -> None:
-    """Write report.html: of a run, of a suite, or of several runs side by side."""
+    """Write report.html of a run, of a suite, or of several runs."""
     from fedloom.study.report import write_picture, write_report
 
     if picture is not None:

@@ -31,6 +31,9 @@ TASKS: Mapping[str, str] = {
     "arc_easy": "fedloom.evaluate.tasks.arc:ARC_EASY",
     "arc_challenge": "fedloom.evaluate.tasks.arc:ARC_CHALLENGE",
     "multiple_choice": "fedloom.evaluate.tasks.multiple_choice:MULTIPLE_CHOICE",
+    "humaneval": "fedloom.evaluate.tasks.humaneval:HUMANEVAL",
+    "humaneval_x": "fedloom.evaluate.tasks.humaneval:HUMANEVAL_X",
+    "mbpp": "fedloom.evaluate.tasks.mbpp:MBPP",
     "exact": "fedloom.evaluate.tasks.rows:EXACT",
     "final_number": "fedloom.evaluate.tasks.rows:FINAL_NUMBER",
 }

@@ -20,7 +20,18 @@ from fedloom.data.rows import Row
 from fedloom.errors import UserError, suggest
 from fedloom.evaluate.sampling import Sampling
 
-__all__ = ["Answer", "Choose", "Item", "ItemScore", "Request", "Task", "TaskSettings", "Write", "check_settings"]
+__all__ = [
+    "Answer",
+    "Choose",
+    "Item",
+    "ItemScore",
+    "Judged",
+    "Request",
+    "Task",
+    "TaskSettings",
+    "Write",
+    "check_settings",
+]
 
 
 class Write(NamedTuple):
@@ -75,6 +86,13 @@ class Answer(NamedTuple):
 ItemScore = Mapping[str, float]  # metric -> between 0 and 1
 
 
+class Judged(NamedTuple):
+    """An item's scores, with a line on what became of each answer. A task may judge in these, too."""
+
+    scores: ItemScore
+    outcomes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class TaskSettings:
     """What a user may choose; None is the task's own default."""
@@ -100,7 +118,7 @@ class Task:
     metric: str  # the one to report first
     source: str  # where the published files are, licence included
     load: Callable[[Path | None, TaskSettings], Sequence[Item]]
-    judge: Callable[[Sequence[Item], Sequence[Answer]], Sequence[ItemScore]]
+    judge: Callable[[Sequence[Item], Sequence[Answer]], Sequence[ItemScore | Judged]]
     summarise: Callable[[Sequence[Item], Sequence[ItemScore]], dict[str, float]]
     places: tuple[str, ...] = ()  # where its files are looked for below `data_home()`, the usual place first
     run: Callable[..., Any] | None = (

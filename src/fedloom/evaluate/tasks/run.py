@@ -32,7 +32,7 @@ from fedloom.evaluate.generate import decode, generate_rows
 from fedloom.evaluate.loglikelihood import Continuation, Loglikelihood, loglikelihoods
 from fedloom.evaluate.sampling import Sampling
 from fedloom.evaluate.tasks import find_task
-from fedloom.evaluate.tasks.base import Answer, Choose, Item, ItemScore, Request, Task, TaskSettings, Write
+from fedloom.evaluate.tasks.base import Answer, Choose, Item, Judged, Request, Task, TaskSettings, Write
 from fedloom.models.causal import CausalLM, positions_of
 from fedloom.models.load import stop_ids
 from fedloom.seeds import seed_of
@@ -505,19 +505,21 @@ def _ask(items: Sequence[Item], answerer: Answerer) -> list[Answer]:
     return answers
 
 
-def _judge(task: Task, items: Sequence[Item], answers: Sequence[Answer]) -> list[ItemScore]:
+def _judge(task: Task, items: Sequence[Item], answers: Sequence[Answer]) -> list[Judged]:
     """A question that could not be asked is wrong in every respect."""
     there = [n for n, answer in enumerate(answers) if _is_there(answer)]
     judged = task.judge([items[n] for n in there], [answers[n] for n in there]) if there else []
-    wrong = dict.fromkeys([key for one in judged for key in one] or [task.metric], 0.0)
-    scores: list[ItemScore] = [wrong] * len(items)
-    for n, score in zip(there, judged, strict=True):
-        scores[n] = score
+    found = [one if isinstance(one, Judged) else Judged(one) for one in judged]
+    wrong = dict.fromkeys([key for one in found for key in one.scores] or [task.metric], 0.0)
+    scores = [Judged(wrong)] * len(items)
+    for n, one in zip(there, found, strict=True):
+        scores[n] = one
     return scores
 
 
-def _summary(task: Task, items: Sequence[Item], scores: Sequence[ItemScore]) -> dict[str, float]:
-    summary = {key: float(value) for key, value in task.summarise(items, scores).items()}
+def _summary(task: Task, items: Sequence[Item], judged: Sequence[Judged]) -> dict[str, float]:
+    found = task.summarise(items, [one.scores for one in judged])
+    summary = {key: float(value) for key, value in found.items()}
     if task.metric not in summary or not all(map(math.isfinite, summary.values())):
         raise ValueError(f"{task.name}: a summary needs {task.metric} and finite numbers, and is {summary}")
     return summary
@@ -591,7 +593,7 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
         raise
 
 
-def _line(item: Item, asked: Asked, answer: Answer, score: ItemScore) -> dict[str, Any]:
+def _line(item: Item, asked: Asked, answer: Answer, judged: Judged) -> dict[str, Any]:
     request = item.request
     line: dict[str, Any] = {
         "id": item.id,
@@ -610,7 +612,9 @@ def _line(item: Item, asked: Asked, answer: Answer, score: ItemScore) -> dict[st
         line |= {"lengths": list(answer.lengths)}
     if not _is_there(answer):
         line["unanswered"] = TOO_LONG
-    return {**line, "scores": dict(score)}
+    if judged.outcomes:
+        line["outcomes"] = list(judged.outcomes)
+    return {**line, "scores": dict(judged.scores)}
 
 
 def rescore(path: Path, out: Path | None = None) -> TaskResult:

@@ -539,11 +539,6 @@ def test_an_interrupt_ends_everything(alone: None) -> None:
 
 def test_nothing_survives_the_death_of_its_maker(walls: Sandbox) -> None:
     script = """
-    import sys, types
-    import fedloom
-    package = types.ModuleType("fedloom.evaluate")  # without its heavy imports
-    package.__path__ = [fedloom.__path__[0] + "/evaluate"]
-    sys.modules["fedloom.evaluate"] = package
     from fedloom.evaluate.sandbox import Program, Sandbox
     Sandbox(LAYERS).run([Program.of("import time; time.sleep(1000)")])
     """

@@ -144,7 +144,7 @@ def test_humaneval_is_asked_with_its_raw_prompt(humaneval: Path) -> None:
         Sampling(temperature=0.1, top_p=0.75, top_k=40),
         5,
     )
-    settings = TaskSettings(max_new_tokens=9, samples=20, extra={"temperature": 0.8, "top_k": 0})
+    settings = TaskSettings(max_new_tokens=9, samples=20, extra={"temperature": "0.8", "top_k": 0})
     request = find_task("humaneval").load(humaneval, settings)[0].request
     assert request[1:] == (9, items[0].request.stop, Sampling(temperature=0.8, top_p=0.75, top_k=0), 20, (), "")
     greedy = find_task("humaneval").load(humaneval, TaskSettings(extra={"temperature": 0}))[0].request
@@ -154,7 +154,7 @@ def test_humaneval_is_asked_with_its_raw_prompt(humaneval: Path) -> None:
 
 @needs_sandbox
 def test_in_words_the_whole_function_comes_back(humaneval: Path) -> None:
-    settings = TaskSettings(extra={"instruct": True})
+    settings = TaskSettings(extra={"instruct": "true"})
     request = find_task("humaneval").load(humaneval, settings)[0].request
     assert isinstance(request, Write) and isinstance(request.prompt, dict)
     assert "Sum 0: the sum" in request.prompt["instruction"] and request.stop == ()
@@ -185,8 +185,9 @@ def test_mbpp_shows_the_papers_three_and_asks_the_test_split(mbpp: Path) -> None
         ("humaneval", TaskSettings(extra={"temprature": 1}), "no setting 'temprature'; did you mean 'temperature'"),
         ("humaneval", TaskSettings(extra={"temperature": "hot"}), "temperature is 'hot', not a number"),
         ("humaneval", TaskSettings(extra={"instruct": "yes"}), "instruct is 'yes', not true or false"),
-        ("humaneval", TaskSettings(extra={"top_k": True}), "top_k is True, not a number"),
-        ("humaneval", TaskSettings(extra={"top_p": 2.0}), "top_p is 2.0"),
+        ("humaneval", TaskSettings(extra={"top_k": True}), "top_k is True, not a whole number"),
+        ("humaneval", TaskSettings(extra={"top_k": "2.5"}), "top_k is '2.5', not a whole number"),
+        ("humaneval", TaskSettings(extra={"top_p": "2.0"}), "top_p is 2.0"),
         ("humaneval", TaskSettings(samples=3, extra={"temperature": 0}), "3 samples of the most likely answer"),
         ("mbpp", TaskSettings(num_fewshot=11), "there are 10 problems for prompts, not 11"),
         ("mbpp", TaskSettings(num_fewshot=4), "has no problem 1, one of those that are shown solved"),

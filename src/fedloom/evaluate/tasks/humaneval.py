@@ -45,9 +45,10 @@ def _loader(
 ) -> Callable[[Path | None, TaskSettings], list[Item]]:
     def load(given: Path | None, settings: TaskSettings) -> list[Item]:
         check_settings(task, settings, "max_new_tokens", "samples", extra=(*SAMPLING, "instruct"))
-        instruct = settings.extra.get("instruct", False)
-        if not isinstance(instruct, bool):
-            raise UserError(f"{task}: instruct is {instruct!r}, not true or false", code="task.settings")
+        wish = settings.extra.get("instruct", False)
+        instruct = {"true": True, "false": False}.get(str(wish).lower())
+        if instruct is None:
+            raise UserError(f"{task}: instruct is {wish!r}, not true or false", code="task.settings")
         sampling = sampling_of(task, settings, DRAWN)
         samples = settings.samples or (1 if sampling is None else SAMPLES)
         path, rows = read_lines(task, places, given, source, keys)

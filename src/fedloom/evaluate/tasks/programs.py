@@ -129,12 +129,18 @@ def sampling_of(task: str, settings: TaskSettings, default: Sampling | None) -> 
     Raises:
         UserError: a setting is no number, or several samples of the most likely answer are asked for.
     """
-    given = {name: settings.extra[name] for name in SAMPLING if name in settings.extra}
-    wrong = [f"{name} is {value!r}, not a number" for name, value in given.items() if not _is_number(value)]
+    given: dict[str, float] = {}
+    wrong = []
+    for name, value in ((name, settings.extra[name]) for name in SAMPLING if name in settings.extra):
+        number = _number(value)
+        if number is None or (name == "top_k" and number % 1):
+            wrong.append(f"{name} is {value!r}, not a {'whole ' if name == 'top_k' else ''}number")
+        else:
+            given[name] = number
     if wrong:
-        raise UserError(f"{task}: " + "; ".join(wrong), f"--set {next(iter(given))}=0.2", "task.settings")
+        raise UserError(f"{task}: " + "; ".join(wrong), "--set temperature=0.2", "task.settings")
     start = default or Sampling(temperature=1.0)
-    temperature = float(given.get("temperature", start.temperature if default or given else 0))
+    temperature = given.get("temperature", start.temperature if default or given else 0.0)
     if temperature == 0:
         if (settings.samples or 1) > 1:
             raise UserError(
@@ -143,11 +149,15 @@ def sampling_of(task: str, settings: TaskSettings, default: Sampling | None) -> 
                 "task.settings",
             )
         return None
-    return Sampling(temperature, float(given.get("top_p", start.top_p)), int(given.get("top_k", start.top_k)))
+    return Sampling(temperature, given.get("top_p", start.top_p), int(given.get("top_k", start.top_k)))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _number(value: object) -> float | None:
+    """A setting, which a command line gives as text."""
+    try:
+        return None if isinstance(value, bool) else float(str(value))
+    except ValueError:
+        return None
 
 
 def read_lines(

@@ -23,7 +23,7 @@ __all__ = ["BLOCK_BYTES", "BLOCK_ROWS", "Part", "Row", "RowWriter", "Rows", "Som
 Row = dict[str, Any]
 
 BLOCK_ROWS = 1000
-BLOCK_BYTES = 4 << 20  # of text: a block of long rows has fewer of them
+BLOCK_BYTES = 1 << 20  # of text: a block of long rows has fewer of them
 _LINES, _BEGINS, _CONTENT = "rows.jsonl", "begins.i64", "content.16"
 _CODED = ("category", "file")  # what rows are often split by
 _FLUSH_ROWS = 1 << 14

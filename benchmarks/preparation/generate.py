@@ -1,6 +1,6 @@
-"""A synthetic .jsonl file of a given size: instruction rows of English words in random order, eight categories, 1 KB each.
+"""A synthetic .jsonl file of a given size: rows of English words in random order, eight categories, about 1 KB each.
 
-    python -m benchmarks.preparation.generate 300MB FILE
+python -m benchmarks.preparation.generate 300MB FILE
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One preparation in a process of its own: prints a line of JSON.
 
-    python -m benchmarks.preparation.measure FILE SPLIT CLIENTS
+python -m benchmarks.preparation.measure FILE SPLIT CLIENTS
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedloom.data import keys as columns
 from fedloom.data import split as splitting
+from fedloom.data.heterogeneity import distances, length_counts
 from fedloom.data.keys import Groups, Keys, Numbers
 from fedloom.data.pairs import sides
 from fedloom.data.rows import Source, as_rows
@@ -94,7 +95,8 @@ DEFAULT_SHARDS = 2
 
 @dataclass(frozen=True)
 class ClientReport:
-    """One line of the table of clients: examples per part, training tokens, and where its rows come from."""
+    """One line of the table of clients: examples per part, training tokens, where its rows come from, and how long they
+    are (p10 to p90: tokens per row before any cut)."""
 
     id: str
     train: int
@@ -103,6 +105,7 @@ class ClientReport:
     train_tokens: int
     train_target_tokens: int
     categories: Mapping[str, int] = field(default_factory=dict)
+    lengths: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ class DataReport:
     split: str
     clients: Sequence[ClientReport]
     notes: Sequence[str] = ()
+    # "category" and "length" -> distances between each client and the pool, see `fedloom.data.heterogeneity`
+    heterogeneity: Mapping[str, Mapping[str, float | None] | None] = field(default_factory=dict)
 
     @property
     def said(self) -> str:
@@ -565,6 +570,9 @@ def _report(
     lengths = done.full_lengths[done.full_lengths > 0]
     paired = source.kind == "preference"
     quantiles = {f"p{share}": int(np.percentile(lengths, share)) for share in (50, 90, 95, 99)} if len(lengths) else {}
+    own_rows = {name: np.concatenate(plan.parts[name]) for name in clients}
+    own_lengths = {name: done.full_lengths[rows] for name, rows in own_rows.items()}
+    own_lengths = {name: own[own > 0] for name, own in own_lengths.items()}
     table = [
         ClientReport(
             id=name,
@@ -573,7 +581,8 @@ def _report(
             test=len(client.test),
             train_tokens=_whole(client.train, paired).num_tokens,
             train_target_tokens=_whole(client.train, paired).num_target_tokens,
-            categories=splitting.counts(plan.keys, np.concatenate(plan.parts[name])),
+            categories=splitting.counts(plan.keys, own_rows[name]),
+            lengths=_quantiles(own_lengths[name]),
         )
         for name, client in clients.items()
     ]
@@ -608,4 +617,17 @@ def _report(
         split=kind,
         clients=table,
         notes=tuple(notes),
+        heterogeneity={
+            "category": distances([line.categories for line in table]),
+            "length": distances(length_counts(list(own_lengths.values()))),
+        },
+    )
+
+
+def _quantiles(lengths: NDArray[np.int32]) -> dict[str, int]:
+    if not len(lengths):
+        return {}
+    shares = (10, 25, 50, 75, 90)
+    return dict(
+        zip((f"p{share}" for share in shares), np.percentile(lengths, shares).astype(int).tolist(), strict=True)
     )

@@ -175,16 +175,22 @@ def test_rows_are_asked_as_training_had_them(base: Base, tuned: Any, template: s
         tokenizer.chat_template = None
 
 
-def test_shots_that_do_not_fit_are_left_out_and_an_overlong_question_is_not_asked(base: Base, tuned: Any) -> None:
+@pytest.mark.parametrize(("words", "least"), [(8, 1), (1, 4)])  # long shots, and ones so short that a guess is off
+def test_as_many_shots_as_fit_stand_before_a_question(base: Base, tuned: Any, words: int, least: int) -> None:
     one = answerer(base, tuned)
-    shots = tuple(f"Q: {text(n, 8)}\nA: yes\n\n" for n in range(8))  # about 40 tokens each, of 256 positions
-    fits = Write("Q: dog?\nA:", 30, shots=shots, head="Look.\n\n")
-    asked = one.asked(fits)
-    assert 0 < asked.shots < 8 and asked.room == 30
+    shots = tuple(f"Q: {text(n, words)}\nA: yes\n\n" for n in range(24))
+    asked = one.asked(Write("Q: dog?\nA:", 30, shots=shots, head="Look.\n\n"))
+    assert least <= asked.shots < 24 and asked.room == 30
     assert asked.text == "Look.\n\n" + "".join(shots[: asked.shots]) + "Q: dog?\nA:"
     used = len(base.tokenizer(asked.text)["input_ids"])
     more = len(base.tokenizer("Look.\n\n" + "".join(shots[: asked.shots + 1]) + "Q: dog?\nA:")["input_ids"])
-    assert used + 30 <= 256 < more + 30  # as many as possible
+    assert used + 30 <= 256 < more + 30
+
+
+def test_an_overlong_question_is_not_asked(base: Base, tuned: Any) -> None:
+    one = answerer(base, tuned)
+    shots = tuple(f"Q: {text(n, 8)}\nA: yes\n\n" for n in range(8))  # about 40 tokens each, of 256 positions
+    fits = Write("Q: dog?\nA:", 30, shots=shots)
     tight = Write("x" * 250, 30, shots=shots)
     assert (one.asked(tight).shots, one.asked(tight).room) == (0, 6)
     long = Write("x" * 256, 30)

@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 from tests.study.tiny_runs import kill_at, outcome, recipe
 
+from fedloom.cli.app import main
 from fedloom.errors import RunError, UserError
 from fedloom.evaluate.tasks import TASKS
 from fedloom.evaluate.tasks.base import Choose, Item, Task, Write
 from fedloom.study import checkpoint
 from fedloom.study.run import run_recipe
 from fedloom.study.session import _chosen_by
+from fedloom.study.tuned import evaluate_run
 
 
 def load(source: Path | None, settings: Any) -> list[Item]:
@@ -261,6 +263,30 @@ def test_a_run_that_makes_the_model_worse_gives_back_the_untouched_one(home: Pat
             assert ended["round"] == 2 and moved > 0
             assert result["arms"]["federated"]["loss"] > result["arms"]["base"]["loss"]
         assert checkpoint.best_round(run / "checkpoints" / "federated") == 0, "the best one is always kept"
+        both = {which: evaluate_run(run, checkpoint=which).outcome for which in ("best", "last")}
+        assert both["best"]["loss"] == pytest.approx(result["arms"]["base"]["loss"])
+        assert both[export]["loss"] == pytest.approx(result["arms"]["federated"]["loss"])
+        assert both["last"]["loss"] > both["best"]["loss"]
+
+
+def test_a_checkpoint_of_a_run_that_was_killed_can_be_exported_and_asked(
+    home: Path, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    kill_at(recipe(home, run, arms=["federated"], rounds=3), "after line federated 3")
+    assert main(["export", str(run), str(tmp_path / "out"), "--checkpoint", "last"]) == 0
+    wanted = load_file(run / "checkpoints" / "federated" / "round_00002" / "state.safetensors")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(found) == 2 * 2 * 2, "layers, targets, factors"
+    for name, leaf in found.items():
+        assert torch.equal(leaf, wanted[f"params/{name.removeprefix('base_model.model.')}"])
+    asked = ["eval", str(run), "--tasks", f"toy={items}", "--limit", "2", "--threads", "1"]
+    assert main([*asked, "--checkpoint", "last"]) == 0
+    assert [path.name for path in (run / "eval" / "last").glob("*.jsonl")] == ["toy_limit2.jsonl"]
+    assert main(["generate", str(run), "Say", "--checkpoint", "best"]) == 0
+    assert main([*asked, "--checkpoint", "best", "--base"]) == 2
+    assert main(["export", str(home / "model"), str(tmp_path / "no"), "--checkpoint", "best"]) == 2
+    assert "has no checkpoints" in capsys.readouterr().err
 
 
 def test_without_validation_rows_the_last_state_is_the_best_and_it_is_said(home: Path, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_values_by_every_key() -> None:
 def test_a_metric_of_a_task_and_one_that_it_does_not_have() -> None:
     figures = {"gsm8k": {"accuracy": 0.25}}
     assert value_of("gsm8k/accuracy", None, figures) == 0.25
+    assert value_of("own/t.yaml/acc", None, {"gsm8k": {"acc": 0.1}, "own/t.yaml": {"acc": 0.5}}) == 0.5
     assert value_of("gsm8k/accuracy", {"a": row(1, 1, 1)}, None) is None
     with pytest.raises(RunError, match="did you mean 'accuracy'"):
         value_of("gsm8k/acuracy", None, figures)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from fedloom.cli.common import FormatOption, OutputFormat, out, print_data, relative, say, table
+from fedloom.cli.models import Which, which_checkpoint
 from fedloom.errors import FedloomError, UserError
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def evaluate(
         typer.Option("--set", metavar="KEY=VALUE", help="A task's own setting; may be repeated.", show_default=False),
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="The untouched base in place of the tuned model.")] = False,
+    checkpoint: Which = None,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", metavar="M", help="The base, where it now lies elsewhere.", show_default=False),
@@ -124,6 +126,8 @@ def evaluate(
         return
     if target is None:
         raise UserError("eval needs a run or a model", "fedloom eval runs/NAME --tasks gsm8k", "cli.missing_argument")
+    if base and checkpoint is not None:
+        raise UserError("--base and --checkpoint: one of them", "leave one out", "cli.usage")
     entries, set_names = _entries(tasks)
     data = [entry.path for entry in entries if entry.task is None]
     named = [entry for entry in entries if entry.task is not None]
@@ -169,6 +173,7 @@ def evaluate(
                 score=score,
                 batch_size=batch_size,
                 threads=threads,
+                checkpoint=which_checkpoint(checkpoint),
             )
             found.append({"data": done.data, "score_name": done.score_name, "rows": done.rows, **done.outcome})
             if output is OutputFormat.text:
@@ -182,6 +187,7 @@ def evaluate(
             chat_template=chat_template,
             trust_remote_code=trust_remote_code,
             threads=threads,
+            checkpoint=which_checkpoint(checkpoint),
         )
         place = folder or opened.home
         results = []

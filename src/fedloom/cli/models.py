@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,7 +15,7 @@ from fedloom.errors import UserError
 if TYPE_CHECKING:
     from fedloom.evaluate.generate import Sampling
 
-__all__ = ["register"]
+__all__ = ["Which", "register", "which_checkpoint"]
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a PEFT adapter folder.")]
 Model = Annotated[
@@ -30,6 +30,21 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most like
 TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens of this total probability.")]
 TopK = Annotated[int, typer.Option(min=0, help="Draw among so many tokens; 0 is all.")]
 Seed = Annotated[int, typer.Option(help="Of the draws.")]
+
+
+class Checkpoint(enum.StrEnum):
+    """A state of a run."""
+
+    best = "best"
+    last = "last"
+
+
+Which = Annotated[
+    Checkpoint | None,
+    typer.Option(
+        "--checkpoint", help="A checkpoint in place of adapter/; the run may be unfinished.", show_default=False
+    ),
+]
 
 
 class ExportFormat(enum.StrEnum):
@@ -68,6 +83,7 @@ def generate(
     top_k: TopK = 0,
     seed: Seed = 0,
     model: Model = None,
+    checkpoint: Which = None,
     output: FormatOption = OutputFormat.text,
 ) -> None:
     """Answer one or more prompts."""
@@ -76,7 +92,7 @@ def generate(
     sampling = _sampling(temperature, top_p, top_k, seed)
     from fedloom.study.tuned import open_tuned
 
-    tuned = open_tuned(run, model=model)
+    tuned = open_tuned(run, model=model, checkpoint=which_checkpoint(checkpoint))
     answers = []
     for prompt in prompts:
         text = sys.stdin.read() if prompt == "-" else prompt
@@ -97,6 +113,7 @@ def chat(
     top_k: TopK = 0,
     seed: Seed = 0,
     model: Model = None,
+    checkpoint: Which = None,
 ) -> None:
     """Talk to the tuned model; an empty line or Ctrl-D ends."""
     sampling = _sampling(temperature, top_p, top_k, seed)
@@ -104,7 +121,7 @@ def chat(
 
     from fedloom.study.tuned import open_tuned
 
-    tuned = open_tuned(run, model=model)
+    tuned = open_tuned(run, model=model, checkpoint=which_checkpoint(checkpoint))
     say(f"{run}: {tuned.base.name}, trained on {tuned.kind} rows; /new forgets, an empty line ends")
     if not tuned.remembers:
         say("each question stands by itself: that is what the model was trained on")
@@ -126,6 +143,10 @@ def chat(
         _write("\n")
         history.append({"role": "assistant", "content": answer})
         turn += 1
+
+
+def which_checkpoint(checkpoint: Checkpoint | None) -> Literal["best", "last"] | None:
+    return None if checkpoint is None else "best" if checkpoint is Checkpoint.best else "last"
 
 
 def _ask() -> str | None:
@@ -152,13 +173,14 @@ def export(
         ),
     ] = ExportFormat.lora,
     model: Model = None,
+    checkpoint: Which = None,
 ) -> None:
     """Write the adapter, or the model with it merged in."""
     from fedloom.study.tuned import export_lora, export_merged
 
     if kind is ExportFormat.lora:
-        export_lora(run, destination, model=model)
+        export_lora(run, destination, model=model, checkpoint=which_checkpoint(checkpoint))
     else:
-        difference = export_merged(run, destination, model=model)
+        difference = export_merged(run, destination, model=model, checkpoint=which_checkpoint(checkpoint))
         say(f"logits differ from the run's by at most {difference:.1e} of the largest")
     out(relative(destination))

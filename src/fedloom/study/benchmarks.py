@@ -24,7 +24,7 @@ from fedloom.ops.host import tune_host
 from fedloom.study.folder import RunFolder, json_text, write_atomic
 from fedloom.study.load import read_recipe
 from fedloom.study.session import device_name
-from fedloom.study.tuned import base_name_of, open_tuned
+from fedloom.study.tuned import Which, base_name_of, open_tuned
 from fedloom.types import Tree
 
 __all__ = ["Asked", "PlainModel", "Target", "ask", "file_name", "kind_of", "measure", "open_target", "score_again"]
@@ -103,6 +103,7 @@ def open_target(
     chat_template: str | None = None,
     trust_remote_code: bool = False,
     threads: int | Literal["auto"] | None = None,
+    checkpoint: Which | None = None,
 ) -> Target:
     """Load what is to be measured.
 
@@ -113,12 +114,16 @@ def open_target(
         dtype: of the base; by default the recipe's, or auto.
         chat_template: how questions are laid out; by default the recipe's, or auto.
         threads: torch's; by default the recipe's, or auto.
+        checkpoint: one of a run's checkpoints in place of its `adapter/`.
 
     Raises:
         UserError: there is nothing of this name, or it does not fit together.
     """
     kind = kind_of(name)
     path = Path(name).expanduser()
+    if checkpoint is not None and (kind != "run" or base_only):
+        what = "the base" if base_only else f"{name}, which is no run"
+        raise UserError(f"--checkpoint {checkpoint} has no meaning for {what}", "leave it out", "checkpoint.none")
     if kind == "model" and base_only:
         raise UserError(f"{name} is a model without an adapter already", "leave --base out", "eval.base")
     if kind == "model" and model is not None:
@@ -139,7 +144,10 @@ def open_target(
         about |= {"base": base.name, "dtype": _dtype(base), "measured": "base" if base_only else "model"}
         where = home / "base" if home is not None else None
         return Target(name, kind, base, PlainModel(base.model), {}, layout, where, about)
-    tuned = open_tuned(path, model=model, dtype=dtype)
+    tuned = open_tuned(path, model=model, dtype=dtype, checkpoint=checkpoint)
+    if checkpoint is not None:
+        about |= {"checkpoint": checkpoint}
+        home = None if home is None else home / checkpoint
     weights = hashlib.sha256((tuned.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
     about |= {"base": tuned.base.name, "dtype": _dtype(tuned.base), "measured": "tuned", "adapter_sha256": weights}
     return Target(name, kind, tuned.base, tuned.adapter, tuned.tree, layout, home, about)

@@ -59,11 +59,11 @@ def value_of(by: str, validation: Mapping[str, Metrics] | None, tasks: TaskFigur
     Raises:
         RunError: the task has no such metric.
     """
-    task, slash, metric = by.partition("/")
-    if slash:
+    if "/" in by:
         if tasks is None:
             return None
-        found = tasks[task]
+        task = next(task for task in tasks if by.startswith(f"{task}/"))  # names of a harness's tasks may have slashes
+        found, metric = tasks[task], by.removeprefix(f"{task}/")
         if metric not in found:
             raise RunError(
                 f"evaluate.best_by {by}: {task} has no metric {metric!r}{suggest(metric, found)}; "

@@ -972,9 +972,9 @@ def _evaluate_objections(recipe: Recipe) -> Iterator[Objection]:
 def _best_objections(recipe: Recipe) -> Iterator[Objection]:
     evaluate = recipe.evaluate
     best_by = evaluate.best_by
-    task, slash, metric = (best_by or "").partition("/")
+    slash = "/" in (best_by or "")
     if best_by is not None and slash:
-        if task not in evaluate.tasks or not metric:
+        if not any(best_by.startswith(f"{task}/") and best_by != f"{task}/" for task in evaluate.tasks):
             yield Objection(
                 ("evaluate.best_by", "evaluate.tasks"),
                 f"{best_by}, but evaluate.tasks is {yaml_value(evaluate.tasks)}: a TASK/METRIC names one of them",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from fedloom.evaluate.generate import Sampling, generate_one
 from fedloom.models.load import Base, load_base, load_tokenizer
 from fedloom.rounds import initial_state
 from fedloom.runtimes import batched
+from fedloom.study import checkpoint as checkpoints
 from fedloom.study.build import adapter_of, algorithm_of, width_of
 from fedloom.study.folder import RunFolder, find_runs, full_disk_explained, temporary_beside
 from fedloom.study.load import read_recipe
@@ -31,9 +34,11 @@ from fedloom.study.measure import DEFAULT_NEW_TOKENS, measures, one_model
 from fedloom.study.recipe import AdapterRecipe, DataRecipe, Recipe
 from fedloom.study.result import ArmResult
 from fedloom.study.session import device_name, open_session
-from fedloom.types import Adapter, Client, Tree
+from fedloom.types import Adapter, Client, State, Tree
 
 __all__ = ["Evaluated", "Tuned", "base_name_of", "evaluate_run", "export_lora", "export_merged", "open_tuned"]
+
+Which = Literal["best", "last"]  # of a run's checkpoints
 
 LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"  # PEFT's names, after the layer's
 
@@ -98,19 +103,24 @@ class Tuned:
         )
 
 
-def open_tuned(run: Path, *, model: str | None = None, dtype: str | None = None) -> Tuned:
+def open_tuned(
+    run: Path, *, model: str | None = None, dtype: str | None = None, checkpoint: Which | None = None
+) -> Tuned:
     """Open a run folder, or a PEFT adapter folder.
 
     Args:
         model: the base, where it now lies elsewhere than the run or the adapter says.
         dtype: of the base; the recipe's by default.
+        checkpoint: one of the run's checkpoints in place of its `adapter/`; the run may be unfinished.
 
     Raises:
-        UserError: there is no adapter, no base, or they do not match.
+        UserError: there is no adapter or no such checkpoint, no base, or they do not match.
     """
-    folder = adapter_folder(run)
-    name_said, settings = _settings(folder)
     recipe = read_recipe(run).recipe if (run / "recipe.yaml").is_file() else None
+    folder = adapter_folder(run) if checkpoint is None else None
+    name_said, settings = ("", None) if folder is None else _settings(folder)
+    if folder is None and recipe is None:
+        raise UserError(f"{run} is no run, so it has no checkpoints", "leave --checkpoint out", "checkpoint.none")
     name = model or (recipe.model if recipe is not None else name_said)
     if not name:
         raise UserError(f"{folder} does not say which model it is for", "name it: --model FOLDER", "adapter.base")
@@ -120,6 +130,13 @@ def open_tuned(run: Path, *, model: str | None = None, dtype: str | None = None)
         trust_remote_code=recipe is not None and recipe.trust_remote_code,
         device=device_name(),
     )
+    if folder is None or settings is None:
+        assert recipe is not None and checkpoint is not None
+        temporary = Path(tempfile.mkdtemp(prefix="fedloom-"))
+        weakref.finalize(base, shutil.rmtree, temporary, ignore_errors=True)  # once nobody has the model any more
+        folder = temporary / "adapter"
+        _write_checkpoint(run, recipe, base, checkpoint, folder)
+        _, settings = _settings(folder)
     # The folder's own rank and targets: a run that merged into the base exports more than the recipe's rank.
     adapter = adapter_of(base, Recipe(model=name, data=DataRecipe(path="-"), adapter=settings, local_steps=1))
     tree = load_tree(adapter, folder)
@@ -133,6 +150,35 @@ def open_tuned(run: Path, *, model: str | None = None, dtype: str | None = None)
         chat_template=recipe.data.chat_template if recipe is not None else "auto",
         max_new_tokens=(recipe.evaluate.max_new_tokens if recipe is not None else None) or DEFAULT_NEW_TOKENS,
     )
+
+
+def state_of(run: Path, recipe: Recipe, adapter: Adapter, which: Which) -> State:
+    """The state in a checkpoint of the run's federated arm, or of its global arm where it has no federated one.
+
+    Raises:
+        UserError: the run has neither arm, or no such checkpoint yet. RunError: none is sound.
+    """
+    arm = next((arm for arm in ("federated", "global") if arm in recipe.arms), None)
+    place = RunFolder.look(run).checkpoints(arm or "federated")
+    if arm is None or not checkpoints.rounds(place):
+        raise UserError(
+            f"{run} has no checkpoint of a federated or global arm",
+            f"fedloom run --resume {run}" if arm else "the arms of the recipe must have federated or global",
+            "checkpoint.none",
+        )
+    template = initial_state(algorithm_of(recipe, arm), adapter, recipe.seed)
+    return checkpoints.load(place, template, "best" if which == "best" else "newest")[0]
+
+
+def _write_checkpoint(run: Path, recipe: Recipe, base: Base, which: Which, folder: Path) -> None:
+    """A checkpoint as a PEFT folder. The base is left as it was."""
+    adapter: Any = adapter_of(base, recipe)
+    try:
+        state = state_of(run, recipe, adapter, which)
+        adapter.sync(state.base)
+        adapter.export(state.params, folder)
+    finally:
+        adapter.detach()
 
 
 def base_name_of(run: Path) -> str:
@@ -255,6 +301,7 @@ def evaluate_run(
     score: str | None = None,
     batch_size: int | None = None,
     threads: int | None = None,
+    checkpoint: Which | None = None,
 ) -> Evaluated:
     """Measure a run's model on its own test rows, or on all rows of other data.
 
@@ -266,18 +313,19 @@ def evaluate_run(
         score: another score than the recipe's.
         batch_size: examples in one pass, other than the recipe's.
         threads: torch's, other than the recipe's.
+        checkpoint: one of the run's checkpoints in place of its `adapter/`; the run may be unfinished.
 
     Raises:
-        UserError: no adapter, or the data cannot be read, or the score does not exist.
+        UserError: no adapter, or no such checkpoint, or the data cannot be read, or the score does not exist.
     """
     recipe = read_recipe(RunFolder.look(run).recipe).recipe
-    changes: dict[str, Any] = {"limit": limit} if limit is not None else {}
+    changes: dict[str, Any] = {"tasks": [], **({"limit": limit} if limit is not None else {})}
     changes |= {"score": score} if score is not None else {}
     changes |= {"eval_batch_size": batch_size} if batch_size is not None else {}
     recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=changes)})
     if threads is not None:
         recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"threads": threads})})
-    folder = None if base_only else adapter_folder(run)
+    folder = None if base_only or checkpoint is not None else adapter_folder(run)
     if folder is not None:  # its own rank: a run that merged into the base exports more than the recipe's
         recipe = recipe.model_copy(update={"adapter": Recipe(**_only_adapter(recipe, folder)).adapter})
     session = open_session(recipe)
@@ -286,6 +334,8 @@ def evaluate_run(
     state = initial_state(algorithm, adapter, recipe.seed)
     if folder is not None:
         state = replace(state, params=load_tree(adapter, folder))
+    elif checkpoint is not None and not base_only:
+        state = state_of(run, recipe, adapter, checkpoint)
     federation = session.federation if data is None else _only_tests(session.federation, recipe, data)
     measured = measures(recipe, federation)
     clients = [Client(client, ()) for client in federation.clients]
@@ -320,13 +370,13 @@ def _only_tests(federation: Federation, recipe: Recipe, data: str) -> Federation
 # ---- exporting -------------------------------------------------------------------------------------------------------
 
 
-def export_lora(run: Path, destination: Path, *, model: str | None = None) -> None:
+def export_lora(run: Path, destination: Path, *, model: str | None = None, checkpoint: Which | None = None) -> None:
     """Write the adapter as a PEFT folder, checked against the base it is for.
 
     Raises:
         UserError: no adapter, it does not match the model, or the destination is taken. RunError: the disk is full.
     """
-    tuned = open_tuned(run, model=model)
+    tuned = open_tuned(run, model=model, checkpoint=checkpoint)
 
     def write(place: Path) -> None:
         tuned.adapter.export(tuned.tree, place)
@@ -334,7 +384,7 @@ def export_lora(run: Path, destination: Path, *, model: str | None = None) -> No
     _write_whole(destination, write)
 
 
-def export_merged(run: Path, destination: Path, *, model: str | None = None) -> float:
+def export_merged(run: Path, destination: Path, *, model: str | None = None, checkpoint: Which | None = None) -> float:
     """Write the base with the adapter added to its weights: an ordinary model folder, in the dtype of the base's own.
 
     Returns:
@@ -344,7 +394,8 @@ def export_merged(run: Path, destination: Path, *, model: str | None = None) -> 
         UserError: no adapter, it does not match the model, or the destination is taken.
         RunError: the disk is full, or the written model does not answer as the run does; nothing is left behind.
     """
-    tuned = open_tuned(run, model=model, dtype="float32")  # the sum is rounded once, when it is stored
+    # float32: the sum is rounded once, when it is stored
+    tuned = open_tuned(run, model=model, dtype="float32", checkpoint=checkpoint)
     base, adapter = tuned.base, tuned.adapter
     stored = _stored_dtype(base)
     probe_BT = _probe(base)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedloom.adapters import lora
+from fedloom.adapters import lora, p_tuning, prefix_tuning, prompt_tuning
 from fedloom.data.batches import Batches
 from fedloom.data.tokens import Example
 from fedloom.models.load import load_base, random_base
@@ -24,17 +24,28 @@ def counted(adapter, ids, labels) -> float:
     return float(counter.get_total_flops())
 
 
-@pytest.mark.parametrize(("targets", "within"), [("auto", 0.02), ("all-linear", 0.02), (["down_proj"], 0.05)])
-def test_flops_of_the_builtin_model_are_about_those_of_torchs_counter(targets: str | list[str], within: float) -> None:
+KINDS = {
+    "auto": (0.02, lambda model: lora(model, rank=16, alpha=32.0, targets="auto")),
+    "all-linear": (0.02, lambda model: lora(model, rank=16, alpha=32.0, targets="all-linear")),
+    "down_proj": (0.05, lambda model: lora(model, rank=16, alpha=32.0, targets=["down_proj"])),
+    "prompt_tuning": (0.02, lambda model: prompt_tuning(model, num_virtual_tokens=20)),
+    "p_tuning": (0.02, lambda model: p_tuning(model, num_virtual_tokens=20)),
+    "prefix_tuning": (0.05, lambda model: prefix_tuning(model, num_virtual_tokens=20)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flops_of_the_builtin_model_are_about_those_of_torchs_counter(kind: str) -> None:
     base = load_base("builtin", dtype="float32")
     base.model.set_attn_implementation("eager")  # torch counts no fused attention on a CPU
-    adapter = lora(base.model, rank=16, alpha=32.0, targets=targets)
+    within, make = KINDS[kind]
+    adapter = make(base.model)
     flops = training_flops(adapter, adapter.init(0))
     for rows, tokens, answer in ((4, 40, 12), (3, 200, 150)):
         ids = torch.randint(5, 800, (rows, tokens), generator=torch.Generator().manual_seed(1))
         labels = ids.clone()
         labels[:, : tokens - answer] = -100
-        ours = flops.of(tokens=rows * tokens, targets=rows * answer, pairs=rows * tokens**2)
+        ours = flops.of(tokens=rows * tokens, targets=rows * answer, pairs=rows * tokens**2, rows=rows, steps=1)
         assert ours == pytest.approx(counted(adapter, ids, labels), rel=within)
 
 

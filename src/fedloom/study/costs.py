@@ -10,6 +10,10 @@ T tokens through the model, M of them targets of the loss, and P the sum over ro
    12 L D P    attention: scores and mixtures, forward and twice backward (L layers, D = heads x head size; the masked
                half is counted, as torch's counter does)
 
+Virtual tokens stand before each row: as embeddings they are tokens like any other (T and P grow by them), as keys and
+values only P grows; nothing of them is a matrix that tokens pass, so N is 0 but for the encoder that makes them, which
+works once a step.
+
 `flops` takes real tokens, `flops_padded` what went through the machine. Mixtures of experts are not modelled.
 """
 
@@ -43,9 +47,15 @@ class Flops(NamedTuple):
     per_token: float
     per_target: float
     per_pair: float  # of two tokens of one row
+    per_step: float = 0.0
+    embedded: int = 0  # virtual tokens before each row
+    cached: int = 0  # virtual keys and values before each row
 
-    def of(self, *, tokens: float, targets: float, pairs: float) -> float:
-        return self.per_token * tokens + self.per_target * targets + self.per_pair * pairs
+    def of(self, *, tokens: float, targets: float, pairs: float, rows: float, steps: float) -> float:
+        """Of so much work; `pairs` is the sum over rows of tokens^2."""
+        pairs += self.cached * tokens + self.embedded * (2 * tokens + self.embedded * rows)
+        tokens += self.embedded * rows
+        return self.per_token * tokens + self.per_target * targets + self.per_pair * pairs + self.per_step * steps
 
 
 class Work(NamedTuple):
@@ -88,18 +98,27 @@ def training_flops(adapter: Adapter, params: Tree) -> Flops:
         if layer is not head:
             forward += layer.weight.numel()
             backward += layer.weight.numel() if passes else 0
-    own = num_elements(params)
+    own = float(num_elements(params))
+    virtual: Any = getattr(adapter, "virtual", None)
+    number, in_cache = (0, False) if virtual is None else (int(virtual.number), bool(virtual.in_cache))
     weight = getattr(head, "weight", None)
     head_size = weight.numel() if isinstance(weight, Tensor) else 0
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
     size = getattr(config, "head_dim", None) or (int(getattr(config, "hidden_size", 0)) // heads if heads else 0)
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
-    per_token = 2.0 * forward + 2.0 * backward + 6.0 * own
+    per_token = 2.0 * forward + 2.0 * backward + (6.0 * own if virtual is None else 0.0)
+    encoder = 0.0 if virtual is None or in_cache else 6.0 * number * _encoder_elements(params)
     per_target = 4.0 * head_size
     if whole:
         per_token, per_target = per_token + per_target, 0.0
-    return Flops(per_token, per_target, 12.0 * layers * heads * int(size))
+    pair = 12.0 * layers * heads * int(size)
+    return Flops(per_token, per_target, pair, encoder, 0 if in_cache else number, number if in_cache else 0)
+
+
+def _encoder_elements(params: Tree) -> int:
+    """Parameters in the matrices of an encoder of virtual tokens: all of two dimensions but the embeddings."""
+    return sum(leaf.numel() for name, leaf in params.items() if leaf.ndim == 2 and "embedding" not in name)
 
 
 def _matrices(adapter: Adapter, params: Tree) -> Iterator[tuple[Any, bool]]:

@@ -115,8 +115,9 @@ class Totals:
         for client, row in report.clients.items():
             shape, targets = work[client], row["target_tokens"]
             padded = row["padded_tokens"]
-            self.flops += flops.of(tokens=row["tokens"], targets=targets, pairs=shape.pairs)
-            self.flops_padded += flops.of(tokens=padded, targets=targets, pairs=padded * shape.padded_pairs_per_token)
+            much = {"targets": targets, "rows": row["examples"], "steps": row["steps"]}
+            self.flops += flops.of(tokens=row["tokens"], pairs=shape.pairs, **much)
+            self.flops_padded += flops.of(tokens=padded, pairs=padded * shape.padded_pairs_per_token, **much)
 
     @classmethod
     def read(cls, saved: Mapping[str, Any]) -> Totals:

@@ -178,7 +178,8 @@ def _write_checkpoint(run: Path, recipe: Recipe, base: Base, which: Which, folde
         adapter.sync(state.base)
         adapter.export(state.params, folder)
     finally:
-        adapter.detach()
+        if hasattr(adapter, "detach"):  # the hooks of the other kinds do nothing while nothing is bound
+            adapter.detach()
 
 
 def base_name_of(run: Path) -> str:

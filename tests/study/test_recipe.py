@@ -265,6 +265,52 @@ def test_packaged_recipes_are_sound_and_name_the_schema(name: str) -> None:
     assert read_recipe(name).recipe.output_dir == f"runs/{name.rpartition('/')[2]}"
 
 
+# alpha, dropout, learning rate, tokens, validation and test share, clients: FederatedScope-LLM's configurations
+ORIGINAL = {
+    "dolly": (64, 0.1, 5e-3, 650, 0, 0.01, 8),
+    "gsm8k": (16, 0.05, 5e-3, 1000, 0.001, 0.001, 3),
+    "codealpaca": (32, 0.0, 3e-3, 650, 0.1, 0.01, 9),
+    "codesearchnet": (16, 0.05, 1e-3, 650, 0.001, 0.001, 6),
+}
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_the_papers_recipes_have_the_original_values(name: str) -> None:
+    r = read_recipe(f"paper/{name}").recipe
+    assert (
+        r.adapter.lora_alpha,
+        r.adapter.lora_dropout,
+        r.client.learning_rate,
+        r.data.max_length,
+        r.data.val_set_size,
+        r.data.test_set_size,
+        r.split.clients,
+    ) == ORIGINAL[name]
+    assert (r.adapter.lora_r, r.adapter.lora_target_modules) == (8, ["q_proj", "v_proj"])
+    assert (r.rounds, r.local_steps, r.client.per_device_train_batch_size) == (500, 30, 1)
+    assert (r.client.optim, r.client.lr_scheduler_type, r.client.max_grad_norm) == ("sgd", "constant", None)
+    assert r.data.name == f"fed-{name}" and r.split.kind == ("iid" if name == "gsm8k" else "by_category")
+
+
+# data, clients, how many of them in a round: what `flwr new` writes for the challenges
+FLOWERTUNE = {
+    "general": ("alpaca-gpt4", 20, 0.1),
+    "finance": ("fingpt", 50, 0.1),
+    "medical": ("medalpaca", 20, 0.1),
+    "code": ("code-alpaca-20k", 10, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", FLOWERTUNE)
+def test_the_leaderboards_recipes_have_its_values(name: str) -> None:
+    r = read_recipe(f"flowertune/{name}").recipe
+    assert (r.data.name, r.split.clients, r.clients_per_round) == FLOWERTUNE[name] and r.split.kind == "iid"
+    assert (r.rounds, r.local_steps, r.client.per_device_train_batch_size, r.data.max_length) == (200, 10, 16, 512)
+    assert (r.adapter.lora_r, r.adapter.lora_alpha, r.adapter.lora_dropout) == (32, 64, 0.075)
+    assert r.client.min_lr_ratio is not None
+    assert (r.client.learning_rate, r.client.learning_rate * r.client.min_lr_ratio) == pytest.approx((5e-5, 1e-6))
+
+
 def test_reading_a_recipe_imports_nothing_heavy() -> None:
     code = (
         "import sys; from fedloom.study.load import read_recipe, packaged_recipes;"

@@ -5,14 +5,20 @@ Two runs with the same name have the same numbers up to rounding, so one of them
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fedloom.data.catalog import CATALOG
+from fedloom.data.places import data_home
+from fedloom.errors import UserError
+from fedloom.evaluate.tasks import TASKS, find_task
 from fedloom.study.recipe import Recipe, resolved_json
 
 __all__ = ["code_digest", "content_id", "path_digest"]
@@ -29,9 +35,18 @@ WITHOUT_EFFECT = (
 )
 
 # Modules of fedloom that show numbers and make none.
-SHOWS = ("cli/", "recipes/", "__main__.py", "study/report", "study/pictures", "study/progress", "study/suite",
-         "study/compare", "study/statistics", "study/identity", "study/foreign", "study/aliases", "study/load",
-         "study/trackers/", "study/tuned")  # fmt: skip
+SHOWS = (
+    "cli/",
+    "recipes/",
+    "__main__.py",
+    *(
+        f"study/{name}"
+        for name in (
+            "aliases", "compare", "draw", "findings", "foreign", "identity", "load", "page", "pictures", "progress",
+            "report", "statistics", "suite", "trackers/", "tuned",
+        )
+    ),
+)  # fmt: skip
 
 WHOLE_BYTES = 512 * 2**20  # larger files are known by their size, their time and a part of their content
 PART_BYTES = 4 * 2**20
@@ -46,16 +61,35 @@ def content_id(recipe: Recipe) -> str:
     for key in WITHOUT_EFFECT:
         block, _, leaf = key.rpartition(".")
         (said.get(block) or {} if block else said).pop(leaf, None)
-    reads = [said.get(key) for key in ("model", "data", "evaluate")]
+    named = _texts([said.get(key) for key in ("model", "data", "evaluate")])
+    files = {text: Path(text) for text in named if _is_path(text)} | _published(recipe)
     content = {
         "recipe": said,
-        "files": {text: path_digest(Path(text)) for text in sorted(set(_texts(reads))) if _is_path(text)},
+        "files": {name: path_digest(path) for name, path in sorted(files.items())},
         "code": code_digest(),
         "torch": _version("torch"),
         "transformers": _version("transformers"),
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _published(recipe: Recipe) -> dict[str, Path]:
+    """Files that are read from their usual place: those of a data set by name, and of benchmarks."""
+    found: dict[str, Path] = {}
+    name = recipe.data.name
+    if name is not None and name in CATALOG:
+        from fedloom.data.sources import find_files
+
+        with contextlib.suppress(UserError):  # what is missing is the run's own to tell
+            there = find_files(CATALOG[name], recipe.data.path or None)
+            if there is not None:
+                found |= {f"{name}/{path.name}": path for path in (*there.train, *there.test)}
+    for task in recipe.evaluate.tasks:
+        if task in TASKS and task not in recipe.evaluate.task_paths:
+            places = (data_home() / place for place in find_task(task).places)
+            found |= {f"task {task}": place for place in itertools.islice(filter(Path.exists, places), 1)}
+    return found
 
 
 def _texts(value: Any) -> Iterator[str]:

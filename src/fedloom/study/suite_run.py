@@ -450,12 +450,19 @@ class _Driver:
         write_atomic(self.folder / "table.csv", csv_text(suite))
         return suite
 
+    def _write_report(self) -> None:
+        if self.suite.report:
+            from fedloom.study.report import write_report
+
+            write_report(self.folder)
+
     def _end(self) -> SuiteResult:
         failed = [job for job in self.jobs if job.status == "failed"]
         unfinished = [job for job in self.jobs if job.status in ("waiting", "stopped", "running")]
         again = "call it again to go on: what is done is kept"
         if unfinished:
             self._save("stopped")
+            self._write_report()
             text = f"{len(unfinished)} of {len(self.jobs)} runs are not done"
             if self.timed_out:
                 raise TimeoutOrTooFewClients(
@@ -463,6 +470,7 @@ class _Driver:
                 )
             raise RunError(f"stopped: {text}", again, "suite.stopped", exit_code=130)
         suite = self._save("failed" if failed else "done")
+        self._write_report()
         if failed:
             names = "\n".join(f"  {job.cell.label}: {job.log}" for job in failed[:10])
             more = f"\n  and {len(failed) - 10} more" if len(failed) > 10 else ""

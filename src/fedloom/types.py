@@ -171,10 +171,11 @@ class Algorithm:
     server: ServerUpdate
     compress: tuple[Transform, ...] = ()
     protect: tuple[Transform, ...] = ()
+    downlink: tuple[Transform, ...] = ()  # of the broadcast: encoded once by the server, decoded by every client
     uniform_weight: bool = False
 
     def __post_init__(self) -> None:
-        parts: tuple[Aggregate | Transform, ...] = (self.aggregate, *self.compress, *self.protect)
+        parts: tuple[Aggregate | Transform, ...] = (self.aggregate, *self.compress, *self.protect, *self.downlink)
         reasons = [reason for part in parts for reason in part.check(self)]
         if reasons:
             raise UserError("these parts do not compose:\n  - " + "\n  - ".join(reasons), code="algorithm.compose")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedloom.aggregates.parts import both, needs_replace, no_protect, stack_add, stack_lift
+from fedloom.aggregates.parts import all_of, exact_downlink, needs_replace, no_protect, stack_add, stack_lift
 from fedloom.ops.low_rank import MERGE_A, MERGE_B, A, B, layers_of, pad_like
 from fedloom.types import Aggregate, Proposal, Tree, Upload
 
@@ -47,4 +47,6 @@ def fedex_lora(scale: float) -> Aggregate:
             merge[f"{layer}.{MERGE_B}"] = torch.cat([stacked_b, -mean_b], 1) * scale
         return Proposal(new, merge)
 
-    return Aggregate(lift, add, finish, both(needs_replace("fedex_lora"), no_protect("fedex_lora")))
+    return Aggregate(
+        lift, add, finish, all_of(needs_replace("fedex_lora"), no_protect("fedex_lora"), exact_downlink("fedex_lora"))
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedloom.aggregates.parts import both, needs_replace, no_protect, stack_add, stack_lift
+from fedloom.aggregates.parts import all_of, exact_downlink, needs_replace, no_protect, stack_add, stack_lift
 from fedloom.ops.low_rank import MERGE_A, MERGE_B, A, B, layers_of, svd_of_product
 from fedloom.types import Aggregate, Proposal, Tree, Upload
 
@@ -28,4 +28,9 @@ def flex_lora() -> Aggregate:
             new[f"{layer}.{B}"] = b_OR
         return Proposal(new)
 
-    return Aggregate(stack_lift, stack_add, finish, both(needs_replace("flex_lora"), no_protect("flex_lora")))
+    return Aggregate(
+        stack_lift,
+        stack_add,
+        finish,
+        all_of(needs_replace("flex_lora"), no_protect("flex_lora"), exact_downlink("flex_lora")),
+    )

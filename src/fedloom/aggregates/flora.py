@@ -8,7 +8,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from fedloom.aggregates.parts import both, needs_replace, no_protect, stack_add, stack_lift
+from fedloom.aggregates.parts import all_of, exact_downlink, needs_replace, no_protect, stack_add, stack_lift
 from fedloom.ops.low_rank import MERGE_B, A, B, layers_of
 from fedloom.seeds import generator
 from fedloom.types import Aggregate, Proposal, Tree, Upload
@@ -34,7 +34,9 @@ def flora(scale: float) -> Aggregate:
             fresh[f"{layer}.{B}"] = torch.zeros_like(params[f"{layer}.{B}"])
         return Proposal(fresh, merge)
 
-    return Aggregate(stack_lift, stack_add, finish, both(needs_replace("flora"), no_protect("flora")))
+    return Aggregate(
+        stack_lift, stack_add, finish, all_of(needs_replace("flora"), no_protect("flora"), exact_downlink("flora"))
+    )
 
 
 def redrawn(a_RD: Tensor, layer: str) -> Tensor:

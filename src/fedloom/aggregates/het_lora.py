@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedloom.aggregates.mean import add_uploads
-from fedloom.aggregates.parts import needs_replace
+from fedloom.aggregates.parts import all_of, exact_downlink, needs_replace
 from fedloom.errors import RunError
 from fedloom.ops.low_rank import A, B, layers_of, own_factors, pad_like
 from fedloom.tree import scale as scaled
@@ -38,4 +38,4 @@ def het_lora(*, norm_weighted: bool = True) -> Aggregate:
     def finish(params: Tree, total: Upload) -> Proposal:
         return Proposal({**params, **scaled(total.tree, 1 / total.weight)})
 
-    return Aggregate(lift, add_uploads, finish, needs_replace("het_lora"))
+    return Aggregate(lift, add_uploads, finish, all_of(needs_replace("het_lora"), exact_downlink("het_lora")))

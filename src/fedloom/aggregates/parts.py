@@ -48,5 +48,16 @@ def no_protect(name: str) -> Check:
     return check
 
 
-def both(*checks: Check) -> Check:
+def exact_downlink(name: str) -> Check:
+    """The rule adds a client's change to the broadcast, which must then be what the client started from."""
+
+    def check(algorithm: Algorithm) -> list[str]:
+        if not algorithm.downlink:
+            return []
+        return [f"{name} needs the very factors that a client started from: compress.down must be empty"]
+
+    return check
+
+
+def all_of(*checks: Check) -> Check:
     return lambda algorithm: [reason for check in checks for reason in check(algorithm)]

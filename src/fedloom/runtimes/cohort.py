@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -51,10 +52,12 @@ def batched(clients_per_batch: int) -> Runtime:
         personal: dict[str, Tree] = {}
         clients: dict[str, Metrics] = {}
         failed: dict[str, str] = {}
+        broadcast = sides.broadcast_payload(algorithm, state)
+        start = replace(state, params=sides.broadcast_received(algorithm, broadcast, Site(state.seed, state.round, "")))
         for block in blocks(cohort, width):
             sites = [Site(state.seed, state.round, c.id, ids, max(1, len(c.batches))) for c in block]
             try:
-                updates = train_block(algorithm, adapter, state, block, sites)
+                updates = train_block(algorithm, adapter, start, block, sites)
             except FedloomError as error:
                 failed.update({client.id: error.message for client in block})
                 continue
@@ -63,8 +66,8 @@ def batched(clients_per_batch: int) -> Runtime:
                     if isinstance(metrics, RunError):
                         raise metrics
                     weight = sides.weight_of(algorithm, client.weight)
-                    sent = sides.client_payload(algorithm, state.params, delta, weight, site)
-                    row = counted(state, site, sent, weight, metrics)
+                    sent = sides.client_payload(algorithm, start.params, delta, weight, site)
+                    row = counted(state, broadcast, site, sent, weight, metrics)
                     summand = sides.server_summand(algorithm, state.params, sent, weight, row, site)
                 except FedloomError as error:
                     failed[client.id] = error.message
@@ -171,10 +174,10 @@ def collate(batches: Sequence[Batch], seeds: Sequence[int], device: torch.device
     return out
 
 
-def counted(state: State, site: Site, sent: Tree, weight: float, metrics: Metrics) -> dict[str, float]:
+def counted(state: State, broadcast: Tree, site: Site, sent: Tree, weight: float, metrics: Metrics) -> dict[str, float]:
     """`metrics` with the bytes that the real codec would put on the wire, both ways."""
     up = sides.upload_bytes(sent, weight, metrics)
-    return {**metrics, "bytes_up": float(up), "bytes_down": float(sides.broadcast_bytes(state, site))}
+    return {**metrics, "bytes_up": float(up), "bytes_down": float(sides.broadcast_bytes(state, broadcast, site))}
 
 
 class Record:

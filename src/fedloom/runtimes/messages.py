@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 from fedloom import wire
@@ -94,6 +95,8 @@ class ClientSite:
     def _train(self, message: wire.Message) -> bytes:
         algorithm, adapter = self._parts()
         state = self._state(message)
+        came = Site(state.seed, state.round, self.client)
+        state = replace(state, params=sides.broadcast_received(algorithm, state.params, came))
         client = self._open(state.round)
         if self.rank is not None:
             client = client._replace(rank=self.rank)
@@ -132,11 +135,12 @@ def loopback(sends: Mapping[str, Send]) -> Runtime:
         total: Upload | None = None
         clients: dict[str, Metrics] = {}
         failed: dict[str, str] = {}
+        broadcast = sides.broadcast_payload(algorithm, state)
         for client in cohort:
             site = Site(state.seed, state.round, client.id, ids)
             codec: list[float] = []
             watching = _codec_seconds.set(codec)
-            request = _encode("train", sides.broadcast_header(state, site), params=state.params, base=state.base)
+            request = _encode("train", sides.broadcast_header(state, site), params=broadcast, base=state.base)
             reply = sends[client.id](request)
             try:
                 message = _answer(reply, "trained")

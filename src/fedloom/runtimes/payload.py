@@ -21,8 +21,23 @@ def broadcast_header(state: State, site: Site) -> dict[str, Any]:
     return {"seed": state.seed, "round": state.round, "client": site.client, "cohort": list(site.cohort)}
 
 
-def broadcast_bytes(state: State, site: Site) -> int:
-    return wire.num_bytes("train", broadcast_header(state, site), params=state.params, base=state.base)
+def broadcast_payload(algorithm: Algorithm, state: State) -> Tree:
+    """What the server sends of its parameters: the same for every client of the round."""
+    params = state.params
+    for transform in algorithm.downlink:
+        params = transform.encode(params, Site(state.seed, state.round, ""))
+    return params
+
+
+def broadcast_received(algorithm: Algorithm, payload: Tree, site: Site) -> Tree:
+    """What a client makes of it: its start, from which its delta is measured."""
+    for transform in reversed(algorithm.downlink):
+        payload = transform.decode(payload, Site(site.seed, site.round, ""))
+    return payload
+
+
+def broadcast_bytes(state: State, sent: Tree, site: Site) -> int:
+    return wire.num_bytes("train", broadcast_header(state, site), params=sent, base=state.base)
 
 
 def upload_trees(payload: Tree, weight: float, metrics: Metrics) -> dict[str, Tree]:

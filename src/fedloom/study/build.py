@@ -11,7 +11,8 @@ import torch
 
 from fedloom.adapters import lora, p_tuning, prefix_tuning, prompt_tuning
 from fedloom.aggregates import fedex_lora, flex_lora, flora, het_lora, mean
-from fedloom.clients import alternate, local_only, sgd_client, split_personal
+from fedloom.clients import alternate, error_feedback, local_only, sgd_client, split_personal
+from fedloom.compress import cast, low_rank, quantize, random_k, top_k, zstd
 from fedloom.data.batches import steps_per_epoch
 from fedloom.data.clients import Clients, population
 from fedloom.data.federation import ClientData, Federation
@@ -23,7 +24,7 @@ from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dro
 from fedloom.runtimes import payload as sides
 from fedloom.seeds import seed_of
 from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, replace
-from fedloom.study.recipe import AdapterRecipe, ClientRecipe, Recipe, ServerRecipe
+from fedloom.study.recipe import AdapterRecipe, ClientRecipe, CompressRecipe, Recipe, ServerRecipe
 from fedloom.types import (
     Adapter,
     Aggregate,
@@ -35,6 +36,7 @@ from fedloom.types import (
     ServerUpdate,
     Site,
     State,
+    Transform,
 )
 
 POOLED = "pooled"  # the one client of the global arm
@@ -148,6 +150,16 @@ def schedule_of(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
     )
 
 
+COMPRESS: Mapping[str, Callable[[CompressRecipe], Transform]] = {
+    "top_k": lambda r: top_k(_given(r.share)),
+    "random_k": lambda r: random_k(_given(r.share), unbiased=not r.error_feedback),
+    "low_rank": lambda r: low_rank(r.low_rank_r or 4),
+    "float16": lambda r: cast("float16"),
+    "bfloat16": lambda r: cast("bfloat16"),
+    "quantize": lambda r: quantize(4 if r.bits == 4 else 8, block_size=r.block_size),
+    "zstd": lambda r: zstd(),
+}
+
 ADAPTERS: Mapping[str, Callable[[Base, AdapterRecipe], Adapter]] = {
     "lora": lora_of,
     "prompt_tuning": prompt_of,
@@ -178,10 +190,15 @@ def algorithm_of(recipe: Recipe, arm: str = "federated", *, pieces: int = 1) -> 
         return Algorithm(local_only(client), mean(), replace())
     if arm == "global":
         return Algorithm(client, mean(), replace())
+    compress = tuple(COMPRESS[kind](recipe.compress) for kind in recipe.compress.up)
+    if recipe.compress.error_feedback:
+        client = error_feedback(client, compress)
     return Algorithm(
         client,
         AGGREGATES[recipe.aggregate.kind](recipe),
         SERVERS[recipe.server.kind](recipe.server),
+        compress=compress,
+        downlink=tuple(COMPRESS[kind](recipe.compress) for kind in recipe.compress.down),
         uniform_weight=recipe.aggregate.weighting == "uniform",
     )
 
@@ -298,10 +315,12 @@ def message_bytes(
     narrowed = {name: leaf[None] for name, leaf in adapter.narrow(state.params, client).items()}
     personal = {name: leaf[None] for name, leaf in algorithm.client.personal(state.params).items()}
     delta_C, _ = algorithm.client.finish(narrowed, algorithm.client.init(narrowed, personal, [site]))
-    delta = {name: leaf[0] for name, leaf in delta_C.items()}
+    # How small some messages are depends on what is in them: numbers like those of a first step stand for them.
+    draw = torch.Generator().manual_seed(0)
+    delta = {name: leaf[0] + torch.randn(leaf[0].shape, generator=draw).to(leaf) for name, leaf in delta_C.items()}
     payload = sides.client_payload(algorithm, state.params, delta, client.weight, site)
     up = sides.upload_bytes(payload, client.weight, dict.fromkeys(TRAINING_METRICS, 0.0))
-    return up, sides.broadcast_bytes(state, site)
+    return up, sides.broadcast_bytes(state, sides.broadcast_payload(algorithm, state), site)
 
 
 TRAINING_METRICS = ("tokens", "padded_tokens", "examples", "steps", "loss_sum", "target_tokens", "seconds")

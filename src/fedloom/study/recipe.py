@@ -33,6 +33,7 @@ __all__ = [
     "AggregateRecipe",
     "CheckpointRecipe",
     "ClientRecipe",
+    "CompressRecipe",
     "DataRecipe",
     "EvaluateRecipe",
     "Objection",
@@ -55,6 +56,8 @@ ClientOptim = Literal["adamw", "adam", "sgd", "momentum", "yogi", "adagrad"]
 ServerOptim = Literal["momentum", "adam", "yogi", "adagrad"]
 AdapterKind = Literal["lora", "prompt_tuning", "p_tuning", "prefix_tuning"]
 RankMix = Literal["same", "heavy_tail", "normal", "uniform"]
+Compression = Literal["top_k", "random_k", "low_rank", "float16", "bfloat16", "quantize", "zstd"]
+DownCompression = Literal["float16", "bfloat16", "quantize", "zstd"]
 TrackerName = Literal["trackio", "tensorboard", "mlflow", "wandb"]
 Method = Literal[
     "fedavg",
@@ -151,6 +154,16 @@ ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "p_tuning": {"num_virtual_tokens": 20, "encoder_reparameterization_type": "mlp", "encoder_hidden_size": None},
     "prefix_tuning": {"num_virtual_tokens": 20},
 }
+
+# The settings each way of compressing has, in the order in which messages go through them.
+COMPRESS_ORDER = (("top_k", "random_k", "low_rank"), ("float16", "bfloat16", "quantize"), ("zstd",))
+COMPRESS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "top_k": {"share": 0.1},
+    "random_k": {"share": 0.1},
+    "low_rank": {"low_rank_r": 4},
+    "quantize": {"bits": 8, "block_size": None},
+}
+LOSSY = tuple(kind for kinds in COMPRESS_ORDER[:2] for kind in kinds)
 
 # The settings each optimiser has, with what they are when nothing is said. A setting that is not in an optimiser's
 # row has no effect on it and is refused.
@@ -407,6 +420,35 @@ class AggregateRecipe(_Block):
     )
 
 
+class CompressRecipe(_Block):
+    """How messages are made smaller."""
+
+    up: list[Compression] = Field(
+        default_factory=list,
+        description="What clients' messages go through, in this order: one of `top_k`, `random_k`, `low_rank`; then "
+        "one of `float16`, `bfloat16`, `quantize`; then `zstd`.",
+    )
+    down: list[DownCompression] = Field(
+        default_factory=list,
+        description="The same for the broadcast, without the first kind: clients need every number.",
+    )
+    bits: Annotated[int, Field(ge=4, le=8)] | None = Field(None, description="8 or 4. Default 8. Only for quantize.")
+    block_size: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Numbers that share a scale; default the whole tensor. Only for quantize."
+    )
+    share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Of the numbers that are sent. Default 0.1. Only for top_k and random_k."
+    )
+    low_rank_r: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Rank of what is sent of a matrix. Default 4. Only for low_rank."
+    )
+    error_feedback: bool | None = Field(
+        None,
+        description="Clients send later what compression left out. Default true for top_k and low_rank, else false. "
+        "Only where something is lost.",
+    )
+
+
 class ServerRecipe(_Block):
     """From the parameters towards what the clients propose."""
 
@@ -554,6 +596,7 @@ class Recipe(_Block):
     client: ClientRecipe = Field(default_factory=ClientRecipe, description="One client's work in one round.")
     aggregate: AggregateRecipe = Field(default_factory=AggregateRecipe, description="What the sum of uploads means.")
     server: ServerRecipe = Field(default_factory=ServerRecipe, description="What the server does with it.")
+    compress: CompressRecipe = Field(default_factory=CompressRecipe, description="How messages are made smaller.")
     runtime: RuntimeRecipe = Field(default_factory=RuntimeRecipe, description="How clients are mapped to the machine.")
     arms: list[Arm] = Field(
         ["base", "federated"],
@@ -608,6 +651,7 @@ BLOCKS: Mapping[str, type[_Block]] = {
     "client": ClientRecipe,
     "aggregate": AggregateRecipe,
     "server": ServerRecipe,
+    "compress": CompressRecipe,
     "runtime": RuntimeRecipe,
     "evaluate": EvaluateRecipe,
     "checkpoint": CheckpointRecipe,
@@ -654,6 +698,13 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
     settle(client, row(CLIENT_OPTIM_DEFAULTS, client.get("optim", "adamw")))
     if client.get("lr_scheduler_type", "cosine") in ("linear", "cosine"):
         settle(client, {"min_lr_ratio": 0.0})
+    compress = filled["compress"]
+    both_ways = [kind for way in ("up", "down") if isinstance(compress.get(way), Sequence) for kind in compress[way]]
+    for kind, settings in COMPRESS_DEFAULTS.items():
+        if kind in both_ways:
+            settle(compress, settings)
+    if any(kind in both_ways for kind in LOSSY):
+        settle(compress, {"error_feedback": "top_k" in both_ways or "low_rank" in both_ways})
     if filled["aggregate"].get("kind") == "het_lora":
         settle(filled["aggregate"], {"norm_weighted": True})
     if server.get("kind") == "optimize":
@@ -718,6 +769,7 @@ def objections(recipe: Recipe) -> Iterator[Objection]:
     yield from _split_objections(recipe)
     yield from _training_objections(recipe)
     yield from _evaluate_objections(recipe)
+    yield from _compress_objections(recipe)
     yield from _tracking_objections(recipe)
 
 
@@ -943,6 +995,39 @@ def _factor_objections(recipe: Recipe) -> Iterator[Objection]:
         )
     if mix not in (None, "same") and recipe.adapter.lora_r == 1:
         yield Objection(("adapter.client_ranks", "adapter.lora_r"), f"{mix} would have no effect: lora_r is 1")
+
+
+def _compress_objections(recipe: Recipe) -> Iterator[Objection]:
+    compress = recipe.compress
+    for way in ("up", "down"):
+        kinds: list[str] = list(getattr(compress, way))
+        for group in COMPRESS_ORDER:
+            several = [kind for kind in kinds if kind in group]
+            if len(several) > 1:
+                yield Objection((f"compress.{way}",), f"{', '.join(several)}: one of them is enough")
+        order = [kind for group in COMPRESS_ORDER for kind in group if kind in kinds]
+        if len(set(kinds)) == len(kinds) and order != kinds:
+            yield Objection((f"compress.{way}",), f"{yaml_value(kinds)}: in this order: {yaml_value(order)}")
+    if compress.bits not in (None, 4, 8):
+        yield Objection(("compress.bits",), f"{compress.bits}: must be 8 or 4")
+    used = {*compress.up, *compress.down}
+    for key in ("bits", "block_size", "share", "low_rank_r"):
+        having = [kind for kind, row in COMPRESS_DEFAULTS.items() if key in row]
+        if getattr(compress, key) is not None and not used.intersection(having):
+            yield Objection(
+                (f"compress.{key}", "compress.up", "compress.down"),
+                f"{getattr(compress, key)} would have no effect: it is a setting of {' and '.join(having)}",
+            )
+    lossy = [kind for kind in compress.up if kind in LOSSY]
+    if compress.error_feedback is True and not lossy:
+        yield Objection(
+            ("compress.error_feedback", "compress.up"), "true would have no effect: nothing is lost on the way up"
+        )
+    if compress.error_feedback and recipe.adapter.client_ranks not in (None, "same"):
+        yield Objection(
+            ("compress.error_feedback", "adapter.client_ranks"),
+            f"true, but what is left out has no fixed size with client_ranks {recipe.adapter.client_ranks}: false",
+        )
 
 
 def _tracking_objections(recipe: Recipe) -> Iterator[Objection]:

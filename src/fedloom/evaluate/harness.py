@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fedloom.evaluate.tasks.run import Answerer, TaskResult
 
 __all__ = [
+    "LESS_IS_BETTER",
     "PREFIX",
     "Known",
     "expanded",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 PREFIX = "lm_eval:"
+LESS_IS_BETTER = re.compile("perplexity|bits_per|brier|_stderr")  # metrics
 MEAN = "mean"  # of a group's tasks, where the group itself has no sum: of the first metric of each
 # What the harness measures where a task does not say.
 DEFAULT_METRICS = {

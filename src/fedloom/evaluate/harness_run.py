@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,6 @@ from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import std as bars
 
-from evaluate import config as evaluate_config
 from fedloom.data.places import data_home
 from fedloom.errors import FedloomError, RunError, UserError
 from fedloom.evaluate.harness import MEAN, PREFIX, Known, described, is_path, known, named_by, unsafe
@@ -301,14 +301,16 @@ def _resolved(files: Any, beside: Path | None) -> Any:
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
     """Within it nobody tries a hub that is out of reach: the clients' retries take half a minute."""
-    switches = (
+    switches = [
         (datasets.config, "HF_HUB_OFFLINE"),
         (datasets.config, "HF_DATASETS_OFFLINE"),
-        (evaluate_config, "HF_EVALUATE_OFFLINE"),
         (constants, "HF_HUB_OFFLINE"),
-    )
+    ]
+    if "evaluate" in sys.modules:  # which brings most of transformers, and few tasks ask for it
+        switches.append((sys.modules["evaluate.config"], "HF_EVALUATE_OFFLINE"))
     with contextlib.ExitStack() as stack:
         if hub_is_offline():
+            stack.enter_context(_environment("HF_EVALUATE_OFFLINE", "1"))
             for holder, name in switches:
                 stack.enter_context(_replaced(holder, name, True))
         yield

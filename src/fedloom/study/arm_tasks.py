@@ -12,14 +12,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedloom.errors import UserError
+from fedloom.evaluate.harness import LESS_IS_BETTER
 from fedloom.evaluate.tasks.base import Task, TaskSettings
 from fedloom.evaluate.tasks.run import Answerer, find_task, limited, run_task
+from fedloom.evaluate.tasks.sets import SETS, expanded_names, set_result
 from fedloom.study.recipe import Recipe
 
 __all__ = ["Benchmark", "Figures", "mean_figures", "measure", "open_benchmarks", "place_of"]
@@ -48,8 +50,9 @@ def open_benchmarks(recipe: Recipe) -> list[Benchmark]:
     """
     found: list[Benchmark] = []
     wrong: list[UserError] = []
-    for name in recipe.evaluate.tasks:
-        given = recipe.evaluate.task_paths.get(name)
+    spelled = {one: name for name in recipe.evaluate.tasks for one in _alone(name, wrong)}
+    for name, said in spelled.items():
+        given = recipe.evaluate.task_paths.get(name, recipe.evaluate.task_paths.get(said))
         source = None if given is None else Path(given).expanduser()
         try:
             task = find_task(name)
@@ -69,7 +72,36 @@ def open_benchmarks(recipe: Recipe) -> list[Benchmark]:
     if wrong:
         said = "".join(f"\n  - {one.message}" + (f"\n    {one.hint}" if one.hint else "") for one in wrong)
         raise UserError(f"{len(wrong)} of evaluate.tasks cannot be run:{said}", code="evaluate.tasks")
+    _check_best(recipe.evaluate.best_by or "", {one.task.name for one in found})
     return found
+
+
+def _alone(name: str, wrong: list[UserError]) -> list[str]:
+    """The tasks that a name stands for: those of a set, say."""
+    try:
+        return expanded_names([name])
+    except UserError as error:
+        wrong.append(error)
+        return []
+
+
+def _check_best(best_by: str, names: Collection[str]) -> None:
+    """What a state is chosen by must be measured, and more of it must be better."""
+    if "/" not in best_by:
+        return
+    task = next((name for name in names if best_by.startswith(f"{name}/")), None)
+    if task is None:
+        raise UserError(
+            f"evaluate.best_by {best_by} names none of the benchmarks",
+            f"they are {', '.join(sorted(names))}",
+            "evaluate.best_by",
+        )
+    if LESS_IS_BETTER.search(best_by.removeprefix(task)):
+        raise UserError(
+            f"evaluate.best_by {best_by}: the less the better, and best_by takes the most",
+            "evaluate.best_by=loss",
+            "evaluate.best_by",
+        )
 
 
 def place_of(folder: Path, arm: str, round: int) -> Path:
@@ -105,11 +137,22 @@ def measure(
                 benchmark.task, answerer(name), source=benchmark.source, settings=settings, out=path, about=about
             )
             known = done.summary, {**done.skipped, **done.notes}
-        first = benchmark.task.metric
+        first = benchmark.task.metric if benchmark.task.metric in known[0] else next(iter(known[0]))
         figures[name] = {first: known[0][first], **known[0]}  # what is reported first stands first
         if known[1]:
             left_out[name] = known[1]
-    return figures, left_out
+    return figures | _of_sets(recipe, figures), left_out
+
+
+def _of_sets(recipe: Recipe, figures: Figures) -> Figures:
+    """How much of each set was measured, and its mean where that is all of it."""
+    found: Figures = {}
+    for name in recipe.evaluate.tasks:
+        if name in SETS:
+            whole = set_result(name, figures, {})
+            mean = {} if whole.mean is None else {"mean": whole.mean}
+            found[name] = {**mean, "measured": float(whole.measured), "scenarios": float(len(whole.rows))}
+    return found
 
 
 def _known(

@@ -1059,7 +1059,8 @@ def _best_objections(recipe: Recipe) -> Iterator[Objection]:
     best_by = evaluate.best_by
     slash = "/" in (best_by or "")
     if best_by is not None and slash:
-        if not any(best_by.startswith(f"{task}/") and best_by != f"{task}/" for task in evaluate.tasks):
+        named = any(best_by.startswith(f"{task}/") and best_by != f"{task}/" for task in evaluate.tasks)
+        if not named and not best_by.startswith("lm_eval:"):  # the task of a file of one's own has a name of its own
             yield Objection(
                 ("evaluate.best_by", "evaluate.tasks"),
                 f"{best_by}, but evaluate.tasks is {yaml_value(evaluate.tasks)}: a TASK/METRIC names one of them",

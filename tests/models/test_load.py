@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from fedloom import hub
 from fedloom.errors import UserError
 from fedloom.models import load
 from fedloom.models.load import Base, load_base, load_tokenizer, random_base, stop_ids
@@ -358,8 +359,8 @@ def test_an_unreachable_hub_is_found_out_once_and_fast(monkeypatch: pytest.Monke
     for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(load, "_reachable", {})
-    monkeypatch.setattr(load.socket, "create_connection", refuse)
+    monkeypatch.setattr(hub, "_reachable", {})
+    monkeypatch.setattr(hub.socket, "create_connection", refuse)
     assert refusal("some-org/some-model").code == "model.offline"
     assert refusal("some-org/other").code == "model.offline"
     assert len(asked) == 1

@@ -12,9 +12,12 @@ from tests.data.toys import Data, Split
 from transformers import AutoTokenizer
 
 from fedloom.data import prepare, read, render_tokens, round_batches
+from fedloom.data.catalog import CATALOG
 from fedloom.data.federation import PARTS, Federation
 from fedloom.data.pair_batches import Pairs
+from fedloom.data.sources import find_files, sources_of, state_of
 from fedloom.data.tokens import NO_LOSS, pad_id_of
+from fedloom.study.recipe import DataRecipe, Recipe
 
 Find = Callable[[str], Path]
 CATEGORIES = [
@@ -162,3 +165,83 @@ def test_preference_data_whole(real_path: Find, stories: Any) -> None:
             shown = federation.preview(example, side=side == "rejected")
             learnt = "".join(text for text, shade in shown if shade == "trained").strip()
             assert learnt.startswith(row[side][-1]["content"][:20].strip())
+
+
+def named(name: str, **data: Any) -> Recipe:
+    """The recipe that says no more than the name."""
+    settings = {"name": name, "max_length": 1024, **data}
+    return Recipe.model_validate({"model": "m", "local_steps": 1, "data": settings})
+
+
+@pytest.fixture
+def home(real_path: Find, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FEDLOOM_DATA", str(real_path("data")))
+    return real_path("data")
+
+
+def test_published_files_are_as_published(home: Path) -> None:
+    states = {
+        path.name: state_of(home / entry.folder, file)
+        for entry in CATALOG.values()
+        for form in entry.forms
+        for file in (*form.train, *form.test)
+        for path in (home / entry.folder).glob(file.name)
+        if file.sha256 is not None
+    }
+    assert len(states) >= 6 and set(states.values()) == {"here, as published"}
+    rows = {name: len(sources_of(DataRecipe(name=name), 0)[0].rows) for name in ("fed-gsm8k", "dpo-en-demo")}
+    assert rows == {name: CATALOG[name].rows for name in rows}
+
+
+def test_gsm8k_and_dolly_by_name(home: Path, stories: Any) -> None:
+    recipe = named("fed-gsm8k")
+    gsm8k = prepare(recipe.data, recipe.split, stories, 0)
+    assert len(gsm8k.clients) == 3 and gsm8k.report.rows_read == 7473 + 1319
+    tests = [gsm8k.rows[example.row]["instruction"] for example in gsm8k.pooled("test")]
+    assert len(tests) > 1300 and any(question.startswith("Janet") for question in tests)
+    adds_up(gsm8k)
+    recipe = named("fed-dolly")
+    dolly = prepare(recipe.data, recipe.split, stories, 0)
+    assert sorted(dolly.clients) == CATEGORIES and dolly.report.rows_read == 15_011
+    assert len(dolly.pooled("test")) <= 80
+    adds_up(dolly)
+    source, tests = sources_of(named("fed-dolly", test_set_size=0.01).data, 0)
+    assert source.files == tuple(f"local_training_{i}" for i in range(10)) and tests is None
+    assert "global_test.json is not read: data.test_set_size says what is tested on" in source.notes
+
+
+def test_code_alpaca_by_name_with_derived_languages(home: Path, stories: Any) -> None:
+    recipe = named("fed-codealpaca", max_length=512)
+    federation = prepare(recipe.data, recipe.split, stories, 0)
+    report = federation.report
+    assert sorted(federation.clients) == ["C", "C#", "C++", "Java", "PHP", "Python"] and report.rows_read == 4535
+    assert report.left_out["language undecided"] < 40
+    signs = {"<?php": "PHP", "System.out.println": "Java", "using namespace std": "C++", "Console.WriteLine": "C#"}
+    wrong = [  # but for translations, whose answers speak of both
+        (client.id, sign)
+        for client in federation.clients.values()
+        for example in client.train
+        for sign, language in signs.items()
+        if sign in federation.rows[example.row]["output"] and client.id != language
+    ]
+    assert len(wrong) <= 3, wrong
+    adds_up(federation)
+
+
+def test_speakers_are_natural_clients(home: Path, stories: Any) -> None:
+    recipe = named("tinyshakespeare", max_length=512)
+    federation = prepare(recipe.data, recipe.split, stories, 0)
+    assert len(federation.clients) == 98 and {"ROMEO", "JULIET", "KING RICHARD III"} <= set(federation.clients)
+    assert federation.report.rows_read == 7222 and federation.report.left_out["empty text"] == 125
+    romeo = [federation.rows[example.row]["text"] for example in federation.clients["ROMEO"].train]
+    assert len(romeo) > 100 and not any("ROMEO:" in text for text in romeo)
+    adds_up(federation)
+
+
+def test_a_preference_set_by_a_copy(home: Path, stories: Any) -> None:
+    assert find_files(CATALOG["hh-harmless"], None) is None  # its test pairs alone are not the set
+    path = str(home / "preference" / "hh_harmless_base_test.jsonl.gz")
+    recipe = named("hh-harmless", path=path)
+    federation = prepare(recipe.data, recipe.split, stories, 0)
+    assert federation.report.read_as == "preference" and federation.report.rows_read == 2312
+    adds_up(federation)

@@ -16,6 +16,7 @@ from fedloom.cli.recipes import schema_comment, write_new
 from fedloom.errors import UserError
 
 if TYPE_CHECKING:
+    from fedloom.data.catalog import NamedSet
     from fedloom.data.rows import Source
     from fedloom.study.load import Override
 
@@ -37,7 +38,7 @@ def init(
         typer.Argument(
             metavar="[DATA] [KEY=VALUE]...",
             show_default=False,
-            help="A file, a folder, a hub id or builtin:NAME; and keys of the recipe, data.columns.output=answer say.",
+            help="A file, a folder, a hub id, builtin:NAME or a name of `ls data`; and keys of the recipe.",
         ),
     ] = None,
     model: Annotated[
@@ -135,6 +136,7 @@ def put(text: str, name: str, value: str) -> str:
 
 
 def _inspected(data: str, model: str | None, name: str, overrides: Sequence[Override]) -> tuple[str, list[str]]:
+    from fedloom.data.catalog import CATALOG
     from fedloom.data.rows import read
 
     if model is None:
@@ -149,9 +151,29 @@ def _inspected(data: str, model: str | None, name: str, overrides: Sequence[Over
         for override in overrides
         if override.key.startswith("data.columns.")
     }
+    if data in CATALOG:
+        return _named(data, model, name, overrides)
     tests = _test_file(Path(data))
     rows = read(data, type=kind, columns=columns, exclude=[] if tests is None else [str(tests)])
     return recipe_for(rows, data, model, name, tests), [f"{data}: {rows.said}", *rows.notes]
+
+
+def _named(data: str, model: str, name: str, overrides: Sequence[Override]) -> tuple[str, list[str]]:
+    """A recipe for a set of the catalogue, which brings its columns, its split and perhaps its test rows."""
+    from fedloom.data.catalog import find_set
+    from fedloom.data.sources import sources_of
+    from fedloom.study.recipe import DataRecipe
+
+    copy = next((override.value for override in overrides if override.key in ("data.path", "path")), "")
+    settings = DataRecipe(name=data, path=copy)
+    rows, tests = sources_of(settings, 42)
+    entry = find_set(data)
+    notes = [f"{rows.name}: {rows.said}; {entry.licence}", *rows.notes]
+    if rows.kind == "preference":
+        notes.append(
+            "a run imitates answers: data.columns.completion=chosen, or see docs/data.md; preview shows the pairs"
+        )
+    return recipe_for(rows, data, model, name, named=entry, own_tests=None if tests is None else len(tests.rows)), notes
 
 
 def _test_file(folder: Path) -> Path | None:
@@ -163,7 +185,16 @@ def _test_file(folder: Path) -> Path | None:
     return found[0] if len(found) == 1 and len(files) > 1 else None
 
 
-def recipe_for(source: Source, data: str, model: str, name: str, tests: Path | None = None) -> str:
+def recipe_for(
+    source: Source,
+    data: str,
+    model: str,
+    name: str,
+    tests: Path | None = None,
+    *,
+    named: NamedSet | None = None,
+    own_tests: int | None = None,
+) -> str:
     """A commented recipe for what was read, without its first line.
 
     Args:
@@ -172,12 +203,13 @@ def recipe_for(source: Source, data: str, model: str, name: str, tests: Path | N
         model: hub id, folder or builtin.
         name: of the recipe.
         tests: a file of test rows beside the others, which `source` leaves out.
+        named: the set of the catalogue that `data` is the name of, and `own_tests` its number of test rows.
     """
     from fedloom.study.recipe import yaml_value
 
     builtin = data.startswith("builtin:")
     categories = Counter(str(row["category"]) for row in source.rows if row.get("category") is not None)
-    split, clients = _split(source, categories, builtin)
+    split, clients = _split(source, categories, builtin) if named is None else _split_of(named, categories)
     length, length_note = _length(source, model)
     rows_per_client = max(1, len(source.rows) // max(1, clients))
     batch = 4 if rows_per_client >= 8 else 1
@@ -188,9 +220,9 @@ def recipe_for(source: Source, data: str, model: str, name: str, tests: Path | N
         "dtype: auto                     # bfloat16 where the hardware has it",
         "",
         "data:",
-        f"  path: {yaml_value(data)}",
+        f"  path: {yaml_value(data)}" if named is None else f"  name: {data}".ljust(32) + f"# {named.licence}",
     ]
-    if not builtin:
+    if not builtin and named is None:
         lines.append(f"  type: {source.kind}" + _columns_note(source))
         renamed = {field: column for field, column in source.columns.items() if field != column}
         if renamed:
@@ -198,7 +230,11 @@ def recipe_for(source: Source, data: str, model: str, name: str, tests: Path | N
     lines.append(f"  max_length: {length}".ljust(32) + f"# tokens; {length_note}")
     if not builtin:
         lines.append(f"  val_set_size: {_size(0.05, rows_per_client, clients)}".ljust(32) + "# a share, or rows in all")
-        if tests is None:
+        if own_tests is not None:
+            lines.append(
+                f"  # tests are the {own_tests:,} rows that are published for it; test_set_size: 0.1 would do without"
+            )
+        elif tests is None:
             lines.append(f"  test_set_size: {_size(0.1, rows_per_client, clients)}".ljust(32) + "# or test_path: FILE")
         else:
             lines.append(f"  test_path: {yaml_value(str(tests))}    # left out of the clients' rows")
@@ -270,6 +306,21 @@ def _split(source: Source, categories: Counter[str], builtin: bool) -> tuple[lis
     ], clients
 
 
+def _split_of(named: NamedSet, categories: Counter[str]) -> tuple[list[str], int]:
+    """The split that belongs to a named set, and about how many clients it makes."""
+    from fedloom.study.recipe import yaml_value
+
+    kind, *others = named.split.items()
+    lines = ["split:", f"  kind: {kind[1]}".ljust(32) + f"# the set's own: fedloom ls data {named.name}"]
+    lines += [f"  {key}: {yaml_value(value)}" for key, value in others]
+    if kind[1] == "iid" and named.clients is None:
+        lines.append("  clients: 4")
+    if kind[1] == "iid":
+        return lines, named.split.get("clients", 4)
+    held = sum(count >= named.split.get("min_rows", 1) for count in categories.values())
+    return lines, max(1, min(held, named.split.get("clients", held)))
+
+
 def _length(source: Source, model: str) -> tuple[int, str]:
     """A limit in tokens that few rows reach, as far as characters tell, within what the model takes."""
     sizes = sorted(_characters(row) for row in source.rows)
@@ -288,7 +339,13 @@ def _characters(row: Any) -> int:
     texts: Sequence[str] = [
         str(row.get(key, "")) for key in ("instruction", "input", "output", "prompt", "completion", "text")
     ]
-    return sum(map(len, texts)) + sum(len(str(message.get("content", ""))) for message in row.get("messages", []))
+    answers = [row[key] for key in ("chosen", "rejected") if key in row]
+    longest = max((len(one) if isinstance(one, str) else _said(one) for one in answers), default=0)
+    return sum(map(len, texts)) + _said(row.get("messages", [])) + longest
+
+
+def _said(messages: Sequence[Any]) -> int:
+    return sum(len(str(message.get("content", ""))) for message in messages)
 
 
 def _context_of(model: str) -> int | None:

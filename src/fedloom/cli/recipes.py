@@ -65,11 +65,17 @@ def list_names(
     shelf: Annotated[
         str | None, typer.Argument(metavar="[recipes|methods|data|tasks|scores|runs]", show_default=False)
     ] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", show_default=False, help="One data set, with all that is known.")
+    ] = None,
     output: FormatOption = OutputFormat.text,
 ) -> None:
     """What there is: recipes, methods, data, tasks, scores, runs."""
     if shelf is not None and shelf not in SHELVES:
         raise UserError(f"ls {shelf}: no such list{suggest(shelf, SHELVES)}", "fedloom ls", "cli.argument")
+    if name is not None:
+        _one(shelf or "", name, output)
+        return
     shown = {name: _SHELF[name]() for name in ([shelf] if shelf else SHELVES)}
     if output is OutputFormat.json:
         print_data(shown if shelf is None else shown[shelf])
@@ -81,6 +87,10 @@ def list_names(
             say(f"no {name} here" + ("; fedloom demo makes one" if name == "runs" else ""))
         elif not entries:
             out("  none yet")
+        elif name == shelf == "data":
+            from fedloom.cli.data_sets import show_all
+
+            show_all(entries)
         else:
             lines = table(
                 [[*(str(entry[key]) for key in ("name", "time") if key in entry), entry["about"]] for entry in entries]
@@ -114,19 +124,24 @@ def _methods() -> list[dict[str, Any]]:
 
 
 def _data() -> list[dict[str, Any]]:
-    return [
-        *({"name": name, "about": line} for name, line in _BUILTIN_TASKS.items()),
-        {"name": "FILE", "about": "json, jsonl, csv or parquet: alpaca, chat, prompt_completion or completion rows"},
-        {"name": "FOLDER", "about": "of such files; split.kind: files makes each one a client"},
-        {"name": "OWNER/NAME", "about": "a Hugging Face data set (needs the extra: pip install 'fedloom[data]')"},
-    ]
+    from fedloom.cli.data_sets import entries
+
+    return entries()
 
 
-_BUILTIN_TASKS = {
-    "builtin:skills": "8 kinds of instruction, one per client; exact answers",
-    "builtin:arith": "word problems with worked steps and a final number; 3 clients alike",
-    "builtin:code": "small functions in several languages, one per client; judged by running hidden tests",
-}
+def _one(shelf: str, name: str, output: OutputFormat) -> None:
+    """One entry of a list: only data sets have more to say than their line."""
+    from fedloom.cli.data_sets import facts, show
+
+    if shelf != "data":
+        raise UserError(
+            f"ls {shelf} {name}: only data sets are shown one by one", "fedloom ls data NAME", "cli.argument"
+        )
+    known = facts(name)
+    if output is OutputFormat.json:
+        print_data(known)
+    else:
+        show(known)
 
 
 def _tasks() -> list[dict[str, Any]]:

@@ -161,7 +161,7 @@ _SETS = (
     NamedSet(
         "fed-codesearchnet",
         "documentation to code; one of 6 languages per client",
-        "that of each repository the code is from",
+        "of each repository",
         "codesearchnet",
         (
             Form((File("*/final/jsonl/train/*.jsonl.gz", f"{_HUB}/code-search-net/code_search_net/resolve/"
@@ -221,7 +221,7 @@ _SETS = (
     NamedSet(
         "fingpt",
         "the sentiment of financial news (FlowerTune, finance)",
-        "MIT, as its copy for the leaderboard says; the card of the set names none",
+        "MIT (its leaderboard copy)",
         "fingpt",
         (
             Form((File("train-00000-of-00001-dabab110260ac909.parquet",
@@ -239,7 +239,7 @@ _SETS = (
     NamedSet(
         "medalpaca",
         "medical flashcards (FlowerTune, medicine)",
-        "Creative Commons, which one its card does not say",
+        "CC, unspecified",
         "medalpaca",
         (
             Form((File("medical_meadow_wikidoc_medical_flashcards.json",
@@ -259,7 +259,7 @@ _SETS = (
     NamedSet(
         "code-alpaca-20k",
         "instructions for code (FlowerTune, code)",
-        "Apache 2.0, as its card says",
+        "Apache 2.0",
         "code",
         (
             Form((File("code_alpaca_20k.json",
@@ -333,8 +333,8 @@ _SETS = (
     ),
     NamedSet(
         "dpo-en-demo",
-        "300 preference pairs, conversations with two answers",
-        "Apache 2.0, that of the repository",
+        "preference pairs: conversations with two answers",
+        "Apache 2.0",
         "preference",
         (
             Form((File("llamafactory_dpo_en_demo.json",

@@ -42,6 +42,7 @@ from fedloom.data.json_stream import Text, list_items, object_lists, wrong
 from fedloom.data.store import Row as Row  # noqa: PLC0414  the name is looked for here
 from fedloom.data.store import Rows, RowWriter, from_entry
 from fedloom.errors import UserError, suggest
+from fedloom.hub import leave_alone
 
 logger = logging.getLogger("fedloom")
 
@@ -545,6 +546,8 @@ def _parquet_rows(file: Path) -> Iterator[_Raw]:
 def _hub_rows(name: str) -> Iterator[_Raw]:
     datasets = _extra("datasets", f"data.path {name!r} is no file here, and reading it from a hub")
     try:
+        if leave_alone():
+            raise ConnectionError("the hub cannot be reached from here")
         found = datasets.load_dataset(name)
     except Exception as error:  # whatever the network, the hub or the data set's own files come up with
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -22,8 +21,9 @@ from fedloom.data.places import data_home
 from fedloom.data.rows import Convert, Parse, Source, field_names, files_of, read
 from fedloom.data.speeches import speeches
 from fedloom.errors import UserError
+from fedloom.hub import leave_alone
 
-__all__ = ["Found", "find_files", "sources_of", "what_to_fetch"]
+__all__ = ["Found", "find_files", "sources_of", "state_of", "what_to_fetch"]
 
 PARSERS: Mapping[str, Parse] = {"speeches": speeches}
 CONVERSIONS: Mapping[str, Convert] = {"with_language": with_language, "code_search_net": code_search_net}
@@ -218,6 +218,16 @@ def _is_published(path: Path, file: File) -> bool:
         return hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256
 
 
+def state_of(folder: Path, file: File) -> str:
+    """In words: whether a published file lies in its folder, and whether it is what was published."""
+    there = _matches(folder, file)
+    if not there:
+        return "not here"
+    if file.sha256 is None:
+        return "here" if len(there) == 1 else f"here, {len(there)} files"
+    return "here, as published" if _is_published(there[0], file) else "here, with another sha256"
+
+
 def _without_tests(entry: NamedSet, found: Found) -> UserError:
     assert found.form is not None
     names = ", ".join(file.name for file in found.form.test)
@@ -235,6 +245,8 @@ def _of_hub(entry: NamedSet, take: Callable[..., Source], wants_own_tests: bool)
     hub = entry.hub
     if hub is None:
         raise _missing(entry, "its files are not on this machine, and no hub has it")
+    if leave_alone():
+        raise _missing(entry, "its files are not on this machine, and the hub cannot be reached from here")
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
@@ -250,8 +262,6 @@ def _of_hub(entry: NamedSet, take: Callable[..., Source], wants_own_tests: bool)
 
 
 def _hub_part(datasets: Any, entry: NamedSet, hub: Hub, part: str) -> Any:
-    if os.environ.get("FEDLOOM_OFFLINE", "") not in ("", "0"):
-        raise _missing(entry, "its files are not on this machine, and FEDLOOM_OFFLINE says to leave hubs alone")
     try:
         return datasets.load_dataset(hub.id, hub.config, data_dir=hub.data_dir, split=part, revision=hub.revision)
     except Exception as error:  # whatever the network, the hub or the data set's own files come up with

@@ -38,7 +38,7 @@ from fedloom.evaluate.harness import MEAN, PREFIX, Known, described, is_path, kn
 from fedloom.evaluate.harness_model import HarnessModel, RecordedModel, Said
 from fedloom.evaluate.tasks.base import Item, TaskSettings, Write, check_settings
 from fedloom.evaluate.tasks.run import Answerer, ModelAnswerer, TaskResult, header_of, write_lines
-from fedloom.models.load import hub_is_offline
+from fedloom.hub import hub_is_offline
 
 __all__ = ["Loaded", "configuration", "index_of", "rescored", "run_harness"]
 

@@ -9,19 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 from torch import nn
 
 from fedloom.errors import UserError
+from fedloom.hub import hub_is_offline
 from fedloom.ops.attention import use_fast_attention
 
 __all__ = [
@@ -29,7 +27,6 @@ __all__ = [
     "Base",
     "builtin_folder",
     "hardware_dtype",
-    "hub_is_offline",
     "load_base",
     "load_tokenizer",
     "random_base",
@@ -41,7 +38,6 @@ BUILTIN = "builtin"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_CONNECT_SECONDS = 3.0
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 # Tokens that models carry for padding although their tokenizer does not name one, in order of preference.
 _SPARE_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|endoftext|>")
@@ -317,29 +313,6 @@ def _folder_of(source: Path | str) -> str:
         return str(source)
     config = try_to_load_from_cache(source, "config.json")
     return str(Path(config).parent) if isinstance(config, str) else source
-
-
-def hub_is_offline() -> bool:
-    """Whether the hub is out of reach, or to be left alone (HF_HUB_OFFLINE, FEDLOOM_OFFLINE). The network is tried once
-    per process, since the client's own retries take half a minute."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or os.environ.get("FEDLOOM_OFFLINE", "") not in ("", "0"):
-        return True
-    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return False  # a proxy resolves the name; let the client try
-    address = urlparse(constants.ENDPOINT)
-    if address.hostname not in _reachable:
-        port = address.port or (443 if address.scheme == "https" else 80)
-        try:
-            socket.create_connection((address.hostname or "", port), timeout=_CONNECT_SECONDS).close()
-            _reachable[address.hostname] = True
-        except OSError:
-            _reachable[address.hostname] = False
-    return not _reachable[address.hostname]
-
-
-_reachable: dict[str | None, bool] = {}
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

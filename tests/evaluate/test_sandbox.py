@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -557,6 +559,30 @@ def _until(condition: Callable[[], Any]) -> Any:
             return found
         time.sleep(0.02)
     return None
+
+
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="no such setting")
+def test_where_memory_runs_out_a_program_goes_first(walls: Sandbox) -> None:
+    seen: list[str] = []
+
+    def look() -> None:
+        while not seen:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(OSError):
+                    if Path(f"/proc/{process.pid}/oom_score_adj").read_text() == "1000\n":
+                        seen.append("there")
+
+    looker = threading.Thread(target=look, daemon=True)
+    looker.start()
+    run(walls, "import time\ntime.sleep(0.3)")
+    looker.join(5)
+    assert seen
+
+
+def test_a_program_that_something_else_killed_has_crashed() -> None:
+    killed = {"verdict": None, "late": False, "signal": 9, "exit": 0, "cpu_seconds": 0.1}
+    assert sandbox._judged(killed, QUICK) == ("crashed", "SIGKILL: the system was out of memory, most likely")
+    assert sandbox._judged({**killed, "cpu_seconds": 0.97}, QUICK)[0] == "timeout"
 
 
 def test_walls_that_cannot_be_put_up_are_an_error_not_a_verdict() -> None:

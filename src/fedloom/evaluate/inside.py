@@ -75,6 +75,8 @@ def keep() -> None:
 def stage(job: Job) -> dict[str, Any]:
     """Run one program in a process of its own, and say what was seen of it."""
     limits, layers, folder = job["limits"], job["layers"], ""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # where memory runs out it is this that goes, and not a training run
     if "namespaces" in layers:
         enter_namespaces()
         private_root(os.getcwd(), limits["disk_bytes"])

@@ -191,9 +191,10 @@ class Sandbox:
 
 def default_workers(limits: Limits) -> int:
     """One program per core, as long as half of the memory holds all of them at their limit."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from fedloom.ops.host import available_cores
+
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(cores, memory // 2 // (limits.memory_bytes + limits.disk_bytes)))
+    return max(1, min(available_cores(), memory // 2 // (limits.memory_bytes + limits.disk_bytes)))
 
 
 def open_sandbox(allow_unsandboxed: bool | None = None) -> Sandbox:
@@ -383,7 +384,8 @@ def _judged(report: Mapping[str, Any], limits: Limits) -> tuple[str, str]:
     if killed == signal.SIGXCPU or (killed == signal.SIGKILL and report["cpu_seconds"] > 0.9 * limits.cpu_seconds):
         return "timeout", f"used {limits.cpu_seconds:g} s of CPU time"
     if killed:
-        return "crashed", _signal_name(killed)
+        memory = ": the system was out of memory, most likely" if killed == signal.SIGKILL else ""
+        return "crashed", _signal_name(killed) + memory
     if verdict.get("status") == "forged":
         return "forged", "wrote a verdict of its own"
     if not verdict:

@@ -164,7 +164,8 @@ def test_a_benchmarks_name_goes_before_a_file_of_that_name(fedloom: Callable[...
         (["model", "--tasks", "mmlu", "--set", "subjects"], "expected KEY=VALUE"),
         (["data", "--tasks", "mmlu"], "neither a run, nor an adapter, nor a model: it holds gsm8k, mmlu"),
         (["data/nowhere", "--tasks", "mmlu"], "there is no run folder data/nowhere"),
-        (["somebody/model", "--tasks", "mmlu"], "the model hub cannot be reached"),
+        (["somebody/model", "--tasks", "mmlu"], "no folder of a run or an adapter here(.|\n)*hub cannot be reached"),
+        (["nowhere", "--tasks", "mmlu", "--base"], "there is no run folder nowhere"),
     ],
 )
 def test_what_is_refused(fedloom: Callable[..., Said], words: list[str], match: str) -> None:

@@ -121,6 +121,8 @@ def open_target(
     """
     kind = kind_of(name)
     path = Path(name).expanduser()
+    if kind == "model" and (base_only or model is not None) and name != BUILTIN and not path.exists():
+        RunFolder.look(path)  # there is nothing; says which runs there are
     if checkpoint is not None and (kind != "run" or base_only):
         what = "the base" if base_only else f"{name}, which is no run"
         raise UserError(f"--checkpoint {checkpoint} has no meaning for {what}", "leave it out", "checkpoint.none")
@@ -135,12 +137,18 @@ def open_target(
     about = {"target": name, "kind": kind, "chat_template": layout}
     if kind == "model" or base_only:
         found = model or (name if kind == "model" else base_name_of(path))
-        base = load_base(
-            found,
-            dtype=dtype or (recipe.dtype if recipe is not None else "auto"),
-            trust_remote_code=trust_remote_code or (recipe is not None and recipe.trust_remote_code),
-            device=device_name(),
-        )
+        try:
+            base = load_base(
+                found,
+                dtype=dtype or (recipe.dtype if recipe is not None else "auto"),
+                trust_remote_code=trust_remote_code or (recipe is not None and recipe.trust_remote_code),
+                device=device_name(),
+            )
+        except UserError as error:
+            if kind != "model" or path.exists() or name == BUILTIN:
+                raise
+            message = f"{name} is no folder of a run or an adapter here, so it must be a model: {error.message}"
+            raise UserError(message, error.hint, error.code) from error
         about |= {"base": base.name, "dtype": _dtype(base), "measured": "base" if base_only else "model"}
         where = home / "base" if home is not None else None
         return Target(name, kind, base, PlainModel(base.model), {}, layout, where, about)

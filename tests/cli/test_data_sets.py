@@ -56,7 +56,7 @@ def test_one_set_with_all_that_is_known(home: Path, capsys: pytest.CaptureFixtur
     assert f"at {revision}" in text and f"resolve/{revision}/databricks-dolly-15k.jsonl" in said
     assert main(["ls", "data", "fed-gsm8k", "--format", "json"]) == 0
     known = json.loads(capsys.readouterr().out)
-    assert known["columns"] == {"instruction": "question", "output": "answer"} and known["hub"]["config"] == "main"
+    assert known["columns"] == {"instruction": "question", "output": "answer"} and known["hub"]["configs"] == ["main"]
     assert [(file["use"], file["state"], file["rows"]) for file in known["files"]] == [
         ("train", "not here", 7473),
         ("test", "not here", 1319),

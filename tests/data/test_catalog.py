@@ -268,6 +268,25 @@ def test_a_hub_is_asked_for_the_pinned_revision(home: Path, monkeypatch: pytest.
     assert "openai/gsm8k is not pinned: another day it may have other rows" in sources_of(Data(name="x"), 0)[0].notes
 
 
+def test_several_configurations_of_a_hub_are_read_alike(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDLOOM_OFFLINE")
+
+    def load_dataset(name: str, config: str | None, **settings: Any) -> list[dict[str, str]]:
+        numbers = range(20) if settings["split"] == "train" else range(50, 52)
+        return [
+            {"func_documentation_string": f"does {i}", "func_code_string": f"run {i}", "language": str(config)}
+            for i in numbers
+        ]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    data = Data(name="fed-codesearchnet", limit=30, val_set_size=0)  # five of each language, not one language
+    federation = prepare(data, Split("by_category", 6), PLAIN, 0)
+    assert {name: len(own.train) for name, own in federation.clients.items()} == dict.fromkeys(
+        ["go", "java", "javascript", "php", "python", "ruby"], 5
+    )
+    assert federation.report.rows_read == 42 and len(federation.pooled("test")) == 12
+
+
 def test_without_a_hub_the_error_says_what_to_fetch(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDLOOM_OFFLINE")
 
@@ -386,3 +405,12 @@ def test_speakers_of_a_play_are_clients(home: Path, tmp_path: Path) -> None:
 
 def test_found_is_none_where_nothing_is(home: Path) -> None:
     assert all(find_files(entry, None) is None for entry in CATALOG.values())
+
+
+def test_the_page_on_data_has_a_line_for_every_set() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    section = page.split("## Named sets")[1].split("## What a row is")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    for entry in CATALOG.values():
+        [line] = [line for line in lines if f"`{entry.name}`" in line.split("|")[1]]
+        assert entry.licence in line and (entry.rows is None or f"{entry.rows:,}" in line)

@@ -39,11 +39,11 @@ class Form(NamedTuple):
 
 
 class Hub(NamedTuple):
-    """The same set on a hub. `revision` is the commit it is pinned to."""
+    """The same set on a hub. `revision` is the commit it is pinned to; of several `configs` each is read."""
 
     id: str
     revision: str | None
-    config: str | None = None
+    configs: tuple[str, ...] = ()
     data_dir: str | None = None
     train: str = "train"
     test: str | None = None
@@ -150,7 +150,7 @@ _SETS = (
         ),
         "github.com/openai/grade-school-math",
         "3101c7d5072418e28b9008a6636bde82a006892c",
-        Hub("openai/gsm8k", "e53f048856ff4f594e959d75785d2c2d37b678ee", "main", test="test"),
+        Hub("openai/gsm8k", "e53f048856ff4f594e959d75785d2c2d37b678ee", ("main",), test="test"),
         rows=7_473,
         clients=3,
         columns={"instruction": "question", "output": "answer"},
@@ -172,7 +172,8 @@ _SETS = (
         ),
         "huggingface.co/datasets/code-search-net/code_search_net",
         "fdc6a9e39575768c27eb8a2a5f702bf846eb4759",
-        Hub("code-search-net/code_search_net", _CSN, "all", test="test"),
+        Hub("code-search-net/code_search_net", _CSN, ("go", "java", "javascript", "php", "python", "ruby"),
+            test="test"),
         rows=1_880_853,
         clients=6,
         columns={"instruction": "docstring", "input": "language", "output": "code", "category": "language"},

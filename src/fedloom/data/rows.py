@@ -145,7 +145,7 @@ def read(
     seed: int = 0,
     exclude: Iterable[str] = (),
     files: Sequence[Path] | None = None,
-    stream: Iterable[Mapping[str, Any]] | None = None,
+    streams: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
     parse: Parse | None = None,
     convert: Convert | None = None,
     cache: bool = True,
@@ -156,8 +156,8 @@ def read(
     the first ones of a file, and of several files the same number from each. `seed` is for built-in tasks, whose rows
     are made. `exclude` are files of the folder that are left alone (the test file, when it lies beside the others).
 
-    For named sets: `files`, or the raw rows of `stream`, are read in place of what `path` names, which is then only a
-    name for messages; `parse` makes rows of a text file; `convert` changes each raw row before it is looked at.
+    For named sets: `files`, or the raw rows of `streams` by name, are read in place of what `path` names, which is then
+    only a name for messages; `parse` makes rows of a text file; `convert` changes each raw row before it is looked at.
     `cache=False` neither looks for what was read before nor keeps it.
 
     Raises:
@@ -174,13 +174,15 @@ def read(
         return _read_builtin(path, limit=limit, seed=seed)
 
     settings: dict[str, Any] = {"type": type, "columns": dict(columns or {}), "limit": limit}
-    files = files_of(path, exclude) if files is None and stream is None else files
+    files = files_of(path, exclude) if files is None and streams is None else files
     if files is None:  # what a hub has under a name may change, so it is asked anew each time
-        rows = stream if stream is not None else (row.value for row in _hub_rows(path))
-        raw = (_Raw(f"{path}, row {number:,}", row) for number, row in enumerate(rows, 1))
-        openers: _Openers = [("", lambda: raw)]
+        parts = {"": _hub_rows(path)} if streams is None else {name: _told(path, one) for name, one in streams.items()}
+        openers: _Openers = [(name, lambda rows=rows: rows) for name, rows in parts.items()]  # type: ignore[misc]
         entry = prepared(
-            "rows", {}, lambda folder: _gather(path, openers, folder, convert=convert, **settings), keep=False
+            "rows",
+            {},
+            lambda folder: _gather(path, openers, folder, convert=convert, one_file=len(parts) == 1, **settings),
+            keep=False,
         )
         return _source(path, entry)
     names = _stems(files) if len(files) > 1 else [""]
@@ -199,6 +201,10 @@ def read(
     if parse is not None or convert is not None:  # which are code of this package, and belong to the set's name
         key["set"] = [path, *(f"{one.__module__}.{one.__qualname__}" for one in (parse, convert) if one is not None)]
     return _source(path, prepared("rows", key, build, keep=cache))
+
+
+def _told(path: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[_Raw]:
+    return (_Raw(f"{path}, row {number:,}", row) for number, row in enumerate(rows, 1))
 
 
 def _stamps(files: Sequence[Path]) -> dict[Path, tuple[int, int]]:

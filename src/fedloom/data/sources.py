@@ -253,17 +253,24 @@ def _of_hub(entry: NamedSet, take: Callable[..., Source], wants_own_tests: bool)
         raise _missing(entry, "its files are not on this machine, and datasets, which reads hubs, is not installed",
                        "pip install 'fedloom[data]' to read it from a hub") from error  # fmt: skip
     parts = [hub.train] + ([hub.test] if wants_own_tests and hub.test is not None else [])
-    rows = [_hub_part(datasets, entry, hub, part) for part in parts]
+    several = len(hub.configs) > 1
+    rows = [
+        {
+            (config or "") if several else "": _hub_part(datasets, entry, hub, config, part)
+            for config in hub.configs or (None,)
+        }
+        for part in parts
+    ]
     label = f"{entry.name} ({hub.id}{'@' + hub.revision[:8] if hub.revision else ''})"
-    source = take(label, stream=rows[0])
+    source = take(label, streams=rows[0])
     if hub.revision is None:
         source = replace(source, notes=(*source.notes, f"{hub.id} is not pinned: another day it may have other rows"))
-    return source, take(label, stream=rows[1]) if len(rows) > 1 else None
+    return source, take(label, streams=rows[1]) if len(rows) > 1 else None
 
 
-def _hub_part(datasets: Any, entry: NamedSet, hub: Hub, part: str) -> Any:
+def _hub_part(datasets: Any, entry: NamedSet, hub: Hub, config: str | None, part: str) -> Any:
     try:
-        return datasets.load_dataset(hub.id, hub.config, data_dir=hub.data_dir, split=part, revision=hub.revision)
+        return datasets.load_dataset(hub.id, config, data_dir=hub.data_dir, split=part, revision=hub.revision)
     except Exception as error:  # whatever the network, the hub or the data set's own files come up with
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise _missing(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.study.folder import RunFolder
-from fedloom.study.result import build_result, scores
+from fedloom.study.result import build_result, check_result, scores
 from fedloom.study.suite_result import write_suite
 
 CLIENTS = [f"skill {i}" for i in range(8)]
@@ -146,9 +146,17 @@ def add_measurements(run: Path) -> None:
             for arm, n in (("local", 12), ("federated", 2), ("global", 2))
         },
     }
+    result["outcomes"] = {
+        arm: {
+            "rounds": 12, "planned_rounds": 40, "stopped_early": True, "best_round": 9, "best_by": "loss",
+            "best_value": 0.71, "round": 9,
+        }
+        for arm in ("local", "federated", "global")
+    }  # fmt: skip
     for arm, cost in result["costs_per_arm"].items():
         if arm != "base":
             cost.update(
+                samples=76_800, flops_padded=3.9e12, checkpoint_seconds=0.3, peak_memory_of="process",
                 samples_per_model=9600, flops=3.2e12, communication_seconds=0.8, evaluate_seconds=6.5,
                 peak_memory_bytes=900_000_000, trainable_share=0.0296, rounds=12,
             )  # fmt: skip
@@ -156,7 +164,7 @@ def add_measurements(run: Path) -> None:
         "category": {"js_mean": 0.41, "js_max": 0.52, "tv_mean": 0.3, "tv_max": 0.5},
         "length": {"js_mean": 0.05, "js_max": 0.09, "tv_mean": 0.1, "tv_max": 0.2},
     }
-    (run / "result.json").write_text(json.dumps(result))
+    (run / "result.json").write_text(json.dumps(check_result(result)))
     lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
     for line in lines:
         if line["val_loss"] is not None and line["arm"] != "base":

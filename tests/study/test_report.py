@@ -151,12 +151,13 @@ def test_what_is_measured_by_client_and_task_and_after_equal_samples_is_shown(tm
         "Federated gsm8k exact match rises from 0 % to 27 % between rounds 0 and 11",
         "The worst tenth of the clients is 6 points below the mean in federated round 11",
         "A client holds 2 to 3 of 3 categories; their divergence from the pool is 0.41 of 1",
-        "at least 9,600 samples",
+        "its model had seen 9,600 samples",
         "federated 2 9.6k 76.5 % 71.5 % 68.8 %",
         "arm gsm8k mmlu: accuracy mmlu: perplexity base 0.7 % 25.5 % 9.5",
         "federated 8 79.5 % 76.5 % 76.5 % 79.5 % 82.5 % 1.9",  # spread: mean, worst tenth, worst, median, best, std
         "federated 8 0.392 0.462 0.462 0.392 0.322 0.046",  # and of the losses, where the worst is the largest
-        "federated 231 kB 231 kB 22.0 MB 22.0 MB 12 9.6k 800k 17.5 s 0.8 s 6.5 s 46k 900 MB 3.2 TFLOP 2.96 %",
+        "federated 231 kB 231 kB 22.0 MB 22.0 MB 12 77k 9.6k 800k 17.5 s 0.8 s 6.5 s 0.3 s 46k 900 MB 3.2 TFLOP 2.96 %",
+        "federated 12 40 yes 9 9 loss 0.71",
         "rows by category 0.410 0.520 0.300 0.500",
         "skill 7 640 1.9 % 11.6 % 82.5 % 90.2 % 2.657 1.875 0.462 0.404",
     ):

@@ -29,6 +29,7 @@ __all__ = [
     "cell",
     "count_cell",
     "flops_cell",
+    "flops_text",
     "loss_cell",
     "name_cell",
     "perplexity_cell",

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedloom.errors import UserError
 from fedloom.study import pictures_many
+from fedloom.study.compare import NOT_SETTINGS
 from fedloom.study.draw import short
 from fedloom.study.findings import lead_of, percent, tied
 from fedloom.study.page import Column, Figure, Table, cell, count_cell, plain_text, render, text_cell
@@ -34,7 +35,6 @@ from fedloom.study.suite_result import is_suite, read_suite
 __all__ = ["compare_page", "known_runs", "recipe_of", "run_points"]
 
 _LEAD = [Column("run", text=True), Column("arm", text=True)]
-_NOT_SETTINGS = frozenset({"output_dir", "report_to", "run_name"})  # where a run lies says nothing about it
 
 
 def known_runs(folders: Sequence[Path]) -> dict[str, Known]:
@@ -88,7 +88,7 @@ def recipe_of(known: Known) -> dict[str, Any]:
             flat[place] = value
 
     walk("", recipe if isinstance(recipe, Mapping) else {})
-    return {key: value for key, value in flat.items() if key not in _NOT_SETTINGS}
+    return {key: value for key, value in flat.items() if key.split(".")[0] not in NOT_SETTINGS}
 
 
 def _differing(recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ from fedloom.study.page import (
     cell,
     count_cell,
     flops_cell,
+    flops_text,
     loss_cell,
     perplexity_cell,
     points_cell,
@@ -40,6 +41,7 @@ __all__ = [
     "equal_samples_about",
     "know",
     "ordered",
+    "outcomes_table",
     "quality_about",
     "quality_table",
     "spread_table",
@@ -61,7 +63,7 @@ SPREAD_ABOUT = (
 )
 COSTS_ABOUT = (
     "Bytes are those of serialised payloads. Up and down are per client and round, and in all are of all clients and "
-    "rounds together. Times are wall-clock."
+    "rounds together. Times are wall-clock, and the phases do not overlap. Computation is estimated."
 )
 
 
@@ -251,6 +253,46 @@ def spread_table(
     return _filled("Score" if shares else "Loss, nats per answer token", lead, columns, spreads)
 
 
+def _memory_cell(costs: Mapping[str, Any]) -> Cell:
+    found = bytes_cell(costs.get("peak_memory_bytes"))
+    if costs.get("peak_memory_of") == "process" and found.value != "":
+        return found._replace(note=f"{found.note}, the highest since the process began")
+    return found
+
+
+def _flops_cell(costs: Mapping[str, Any]) -> Cell:
+    found = flops_cell(costs.get("flops"))
+    if costs.get("flops_padded") and found.value != "":
+        return found._replace(note=f"{found.note}; with padding {flops_text(costs['flops_padded'])}")
+    return found
+
+
+def outcomes_table(outcomes: Mapping[str, Mapping[str, Any]]) -> Table | None:
+    """How arms ended, and which of their states was tested; None where that was not noted."""
+    rows = []
+    for arm in ordered(outcomes):
+        one = outcomes[arm]
+        value = one.get("best_value")
+        rows.append(
+            [
+                arm_cell(arm),
+                cell(one.get("rounds"), lambda x: f"{x:,.0f}"),
+                cell(one.get("planned_rounds"), lambda x: f"{x:,.0f}"),
+                Cell("yes" if one.get("stopped_early") else "no"),
+                cell(one.get("round"), lambda x: f"{x:,.0f}")._replace(strong=True),
+                cell(one.get("best_round"), lambda x: f"{x:,.0f}"),
+                text_cell(str(one["best_by"])) if one.get("best_by") else Cell("–", ""),
+                cell(value, lambda x: f"{x:.4g}"),
+            ]
+        )
+    columns = [
+        Column("arm", text=True), Column("rounds done"), Column("planned"), Column("stopped early", text=True),
+        Column("tested", "the round whose state the figures are of"), Column("best round"),
+        Column("best by", text=True), Column("its value"),
+    ]  # fmt: skip
+    return Table("How the arms ended", columns, rows) if rows else None
+
+
 def costs_table(
     name: str, lead: Sequence[Column], rows: Sequence[tuple[Sequence[Cell], Mapping[str, Any]]]
 ) -> Table | None:
@@ -264,17 +306,16 @@ def costs_table(
         (Column("up in all"), lambda c: bytes_cell(c.get("bytes_up"))),
         (Column("down in all"), lambda c: bytes_cell(c.get("bytes_down"))),
         (Column("rounds"), lambda c: count_cell(c.get("rounds"))),
-        (
-            Column("samples", "that a model has seen"),
-            lambda c: count_cell(c.get("samples_per_model") or c.get("samples")),
-        ),
+        (Column("samples", "trained on, of all clients together"), lambda c: count_cell(c.get("samples"))),
+        (Column("per model", "samples that one model has seen"), lambda c: count_cell(c.get("samples_per_model"))),
         (Column("tokens", "trained on"), lambda c: count_cell(c.get("train_tokens"))),
         (Column("training"), lambda c: seconds_cell(c.get("train_seconds"))),
         (Column("communication"), lambda c: seconds_cell(c.get("communication_seconds"))),
         (Column("evaluation"), lambda c: seconds_cell(c.get("evaluate_seconds"))),
+        (Column("checkpoints"), lambda c: seconds_cell(c.get("checkpoint_seconds"))),
         (Column("tokens/s", "while training"), lambda c: count_cell(c.get("tokens_per_second"))),
-        (Column("peak memory"), lambda c: bytes_cell(c.get("peak_memory_bytes"))),
-        (Column("computation", "floating-point operations, estimated"), lambda c: flops_cell(c.get("flops"))),
+        (Column("peak memory", "of the arm, or of the process until the arm's end"), _memory_cell),
+        (Column("computation", "floating-point operations, estimated"), _flops_cell),
         (
             Column("trained", "share of the parameters"),
             lambda c: cell(c.get("trainable_share") or None, lambda x: f"{100 * x:.3g} %"),
@@ -325,4 +366,7 @@ def equal_samples_about(equal: Mapping[str, Any]) -> str:
     if equal.get("samples") is None:
         return ""
     samples = f"{equal['samples']:,}"
-    return f"Each arm at the first measured round by which each of its models has seen at least {samples} samples."
+    return (
+        f"Each arm after the first round by which its model had seen {samples} samples, as many as a local model sees "
+        "in the run; or at its end, where it has seen fewer."
+    )

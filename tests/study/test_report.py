@@ -150,7 +150,7 @@ def test_what_is_measured_by_client_and_task_and_after_equal_samples_is_shown(tm
         "Federated validation score rises from 0 % to 80 % between rounds 0 and 11",
         "Federated gsm8k exact match rises from 0 % to 27 % between rounds 0 and 11",
         "The worst tenth of the clients is 6 points below the mean in federated round 11",
-        "A client holds 2 to 3 of 3 categories; their divergence from the pool is 0.41 of 1",
+        "Clients hold 2 to 3 of 3 categories; their divergence from the pool is 0.41 of 1",
         "its model had seen 9,600 samples",
         "federated 2 9.6k 76.5 % 71.5 % 68.8 %",
         "arm gsm8k mmlu: accuracy mmlu: perplexity base 0.7 % 25.5 % 9.5",

@@ -132,12 +132,12 @@ def test_the_page_of_a_suite(tmp_path: Path) -> None:
         "011a7f3c2d1 builtin_code prompt 1 done",
     ):
         assert said in text, said
-    for verdict in ("● federated better", "○ not resolved"):
+    for verdict in ("** federated better", "~ not resolved"):
         assert verdict in text, verdict
     assert re.search(
         r"federated − local builtin_code lora score, equal rounds \+\d+\.\d points \+\d+\.\d to \+\d", text
     )
-    assert re.search(r"lora − prompt federated builtin_code – score, equal samples", text)
+    assert re.search(r"adapter: lora − prompt federated builtin_code – score, equal samples", text)
     assert page.count("<svg ") == 6
     assert re.search(r"<title>federated − global, builtin_code, lora, equal rounds: −[\d.]+ points \(−", page)
     assert len(page) < 500_000
@@ -152,15 +152,15 @@ def test_marks_follow_the_files_verdict(tmp_path: Path) -> None:
     (folder / "suite.json").write_text(json.dumps(suite))
     text = words(write_report(folder).read_text(encoding="utf-8"))
     assert "By score, federated is 2 points below local." in text
-    assert "federated − local score, equal rounds −2.0 points −3.0 to −1.0 ● local better, not after Holm" in text
-    assert "federated − local loss, equal rounds −0.020 −0.030 to −0.010 ● federated better, not after Holm" in text
+    assert "federated − local score, equal rounds −2.0 points −3.0 to −1.0 * local better, not after Holm" in text
+    assert "federated − local loss, equal rounds −0.020 −0.030 to −0.010 * federated better, not after Holm" in text
     assert "Two seeds" in text
     for one in suite["differences"]:
         one.update(low=-0.05, high=0.01, resolved=False)
     (folder / "suite.json").write_text(json.dumps(suite))
     text = words(write_report(folder).read_text(encoding="utf-8"))
     assert "federated is 2 points below local (not resolved)." in text
-    assert "−2.0 points −5.0 to +1.0 ○ not resolved" in text
+    assert "−2.0 points −5.0 to +1.0 ~ not resolved" in text
 
 
 @pytest.mark.usefixtures("not_drawn")
@@ -214,6 +214,7 @@ def test_a_suite_among_others_stands_for_its_runs(tmp_path: Path) -> None:
     a_run(tmp_path / "other", rounds=1).close()
     text = words(write_report([folder, tmp_path / "other"], tmp_path / "r.html").read_text(encoding="utf-8"))
     assert "3 runs" in text and "other federated 85.0 %" in text
+    assert "seed 0 federated 85.0 %" in text and "seed 1 federated" in text
 
 
 def test_the_picture_of_a_suite_has_a_panel_per_task(tmp_path: Path) -> None:

@@ -356,16 +356,22 @@ class _Box(NamedTuple):
 
 
 def names_beside(
-    axes: Axes, points: Sequence[tuple[float, float, str]], width_points: float, height_points: float
+    axes: Axes,
+    points: Sequence[tuple[float, float, str]],
+    width_points: float,
+    height_points: float,
+    avoid: Sequence[tuple[float, float]] = (),
 ) -> list[str]:
     """Names beside points where there is room for them, the first ones first; returns those that found none.
 
-    Call it last: it reads the limits of the axes, whose size will be about the one that is given.
+    No name lies over a point, or over a place of `avoid`. Call it last: it reads the limits of the axes, whose size
+    will be about the one that is given.
     """
     to_share = axes.transData + axes.transAxes.inverted()
     size = _FONT - 1.0
     places = [to_share.transform((x, y)) * (width_points, height_points) for x, y, _ in points]
-    taken = [_Box(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    others = [to_share.transform(place) * (width_points, height_points) for place in avoid]
+    taken = [_Box(x - 4, y - 4, x + 4, y + 4) for x, y in (*places, *others)]
     left_out = []
     for (x, y, name), at in zip(points, places, strict=True):
         wide, tall = _text_width(name, size), size + 1

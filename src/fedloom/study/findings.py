@@ -215,8 +215,10 @@ def partition_finding(clients: Sequence[Mapping[str, Any]], heterogeneity: Mappi
     there = len({name for client in clients for name, count in (client.get("categories") or {}).items() if count})
     if not held:
         return "Who holds what"
-    most = f"{min(held)} to {max(held)}" if min(held) < max(held) else str(held[0])
-    text = f"A client holds {most} of {there} categories"
+    if min(held) < max(held):
+        text = f"Clients hold {min(held)} to {max(held)} of {there} categories"
+    else:
+        text = f"Every client holds {held[0]} of {there} categories"
     mean = (heterogeneity.get("category") or {}).get("js_mean")
     return text + (f"; their divergence from the pool is {mean:.2f} of 1" if mean is not None else "")
 

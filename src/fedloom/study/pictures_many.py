@@ -81,7 +81,7 @@ def marks_picture(name: str, rows: Sequence[tuple[str, Sequence[Mark]]], what: s
     """A row per run or choice of settings, with a mark for each arm, and whiskers of one standard deviation."""
     rows = rows[:_MOST_ROWS]
     arms = list(dict.fromkeys(mark.arm for _, marks in rows for mark in marks))
-    values = [mark.value for _, marks in rows for mark in marks]
+    values = [mark.value + sign * (mark.std or 0.0) for _, marks in rows for mark in marks for sign in (-1, 0, 1)]
 
     def draw(figure: Figure, tips: Tips) -> None:
         from matplotlib.lines import Line2D
@@ -145,7 +145,7 @@ def rounds_picture(name: str, curves: Mapping[str, Sequence[Sequence[float]]], w
                 solid_capstyle="round", clip_on=False, zorder=3 if named else 2,
             )  # fmt: skip
             if named:
-                ends.append((x[-1], y[-1], short(run, 16), series_colour(place)))
+                ends.append((x[-1], y[-1], short(run, 20), series_colour(place)))
             for at, value in points:
                 tips.point(axes, at, value, f"{short(run, 60)}, round {at:.0f}: {_value_text(value, shares)}")
         axes.set_xlabel("round")
@@ -208,7 +208,8 @@ def quality_bytes(
             axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tick(byte_text(x)) if x > 0 else "0"))
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
-        _value_axis(axes, "y", shares, [point.value for point in points])
+        spans = [point.value + sign * (point.std or 0.0) for point in points for sign in (-1, 0, 1)]
+        _value_axis(axes, "y", shares, spans)
         named = []
         for point in points:
             x = point.bytes if point.bytes > 0 else nothing
@@ -228,7 +229,8 @@ def quality_bytes(
             ticks = [tick for tick in axes.get_xticks() if min(sent) / 2 < tick < max(sent) * 2.2]
             axes.set_xticks([nothing, *ticks])
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "none" if x <= nothing else tick(byte_text(x))))
-        names_beside(axes, named, 270, 150)
+        marks = [(point.bytes if point.bytes > 0 else nothing, point.value) for point in points]
+        names_beside(axes, named, 270, 150, marks)
 
     def draw(figure: Figure, tips: Tips) -> None:
         from matplotlib.lines import Line2D

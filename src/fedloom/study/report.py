@@ -184,7 +184,7 @@ def _content(known: Known) -> dict[str, Any]:
         ("Skipped", [(name, plain_text(why)) for name, why in skipped_leaves(result)]),
     )
     return {
-        "name": short(known.folder.path.resolve().name, 120),
+        "name": _name(known),
         "status": status_of(known),
         "finding": tied(findings.headline(arms, lines, trained_arms(lines))),
         "written": written_now(),
@@ -211,6 +211,13 @@ def _content(known: Known) -> dict[str, Any]:
 
 def written_now() -> str:
     return datetime.datetime.now().astimezone().strftime("%-d %B %Y, %H:%M %Z")
+
+
+def _name(known: Known) -> str:
+    """The folder's name, and the recipe's where it says something else."""
+    folder = known.folder.path.resolve().name
+    said = (known.result.get("recipe") or {}).get("name")
+    return short(f"{said} ({folder})" if said and str(said) != folder else folder, 160)
 
 
 def _some(*tables: Table | None) -> list[Table]:

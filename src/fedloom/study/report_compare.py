@@ -30,6 +30,7 @@ from fedloom.study.report_tables import (
     status_of,
     tasks_table,
 )
+from fedloom.study.suite import settings_text
 from fedloom.study.suite_result import is_suite, read_suite
 
 __all__ = ["compare_page", "known_runs", "recipe_of", "run_points"]
@@ -43,18 +44,25 @@ def known_runs(folders: Sequence[Path]) -> dict[str, Known]:
     Raises:
         UserError: one of them is no run and no suite, or a suite has no run yet.
     """
-    paths: list[Path] = []
+    named: dict[Path, tuple[Path, str]] = {}
     for folder in folders:
         if not is_suite(folder):
-            paths.append(folder)
+            named.setdefault(folder.resolve(), (folder, ""))
             continue
-        own = [folder / one["run"] for one in read_suite(folder)["cells"]]
-        there = [path for path in own if (path / "recipe.yaml").is_file()]
+        suite = read_suite(folder)
+        varying = [name for name, values in suite["settings"].items() if len(values) > 1]
+        there = [one for one in suite["cells"] if (folder / one["run"] / "recipe.yaml").is_file()]
         if not there:
             raise UserError(f"none of the runs of {folder} is there yet", code="suite.empty")
-        paths += there
-    paths = list({path.resolve(): path for path in paths}.values())
-    return dict(zip(_names(paths), map(know, paths), strict=True))
+        for one in there:
+            settings = settings_text({name: one["settings"][name] for name in varying if name in one["settings"]})
+            label = ", ".join([settings] * bool(settings) + [f"seed {one['seed']}"])
+            named.setdefault((folder / one["run"]).resolve(), (folder / one["run"], label))
+    paths = [path for path, _ in named.values()]
+    labels = [label or name for (_, label), name in zip(named.values(), _names(paths), strict=True)]
+    if len(set(labels)) < len(labels):  # two suites may have cells of the same name
+        labels = _names(paths)
+    return dict(zip(labels, map(know, paths), strict=True))
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -95,7 +103,9 @@ def _differing(recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]
     """Key -> its value in each run, of the keys that are not the same in all."""
     keys = dict.fromkeys(key for recipe in recipes.values() for key in recipe)
     said = {key: [plain_text(recipe.get(key)) for recipe in recipes.values()] for key in keys}
-    return {key: values for key, values in said.items() if len(set(values)) > 1}
+    found = {key: values for key, values in said.items() if len(set(values)) > 1}
+    # What only some runs have comes last: runs of other versions of fedloom lack keys.
+    return dict(sorted(found.items(), key=lambda one: any(one[0] not in recipe for recipe in recipes.values())))
 
 
 def compare_page(folders: Sequence[Path]) -> str:

@@ -58,15 +58,15 @@ def suite_page(folder: Path) -> str:
         "samples": (
             "Equal samples",
             [_results(suite, "samples")],
-            "Every arm at the first measured point where each of its models has seen as many samples as the arm that "
-            "has seen the fewest. Mean ± standard deviation over n seeds.",
+            "Every arm after the first round by which its model has seen as many samples as a local model sees in the "
+            "whole run. Mean ± standard deviation over n seeds.",
         ),
         "differences": (
             "Differences",
             [_differences(suite)],
             "Mean of the first less the second, over the seeds that both have, with the interval of a paired t-test. "
-            "Not resolved: the interval holds 0, so these seeds do not show a difference. Holm: adjusted for all "
-            "comparisons of the same kind.",
+            "~ is not resolved: the interval holds 0, so these seeds do not show a difference. * holds alone, ** after "
+            "Holm's correction for all comparisons of the same kind, too.",
         ),
         "cells": ("Runs", [_cells(suite)], ""),
     }
@@ -92,7 +92,7 @@ def suite_page(folder: Path) -> str:
             ],
             "parts": [(id, *one) for id, one in found.items()],
             "same": "",
-            "notes": suite["notes"],
+            "notes": [_sentence(note) for note in suite["notes"]],
             "commands": [
                 f"pip install fedloom=={suite['fedloom_version']}",
                 f"fedloom run {shlex.quote(str(text))} output_dir={shlex.quote(str(folder) + '-again')}",
@@ -105,6 +105,10 @@ def suite_page(folder: Path) -> str:
             "version": suite["fedloom_version"],
         },
     )  # fmt: skip
+
+
+def _sentence(note: str) -> str:
+    return f"{note[:1].upper()}{note[1:].removesuffix('.')}."
 
 
 # ------------------------------------------------------------------------------------------------------------- naming
@@ -158,6 +162,12 @@ def _difference_text(value: float, metric: Mapping[str, Any], unit: bool = True)
         return f"{sign}{abs(100 * value):.1f}" + (" points" if unit else "")
     size = f"{abs(value):.3f}" if metric["unit"] == "nats" else f"{abs(value):.3g}"
     return sign + size
+
+
+def _pair(one: Mapping[str, Any]) -> str:
+    """federated − local, or lora_r: 16 − 2."""
+    pair = f"{short(str(one['a']), 24)} − {short(str(one['b']), 24)}"
+    return pair if one["by"] == "arm" else f"{short(one['by'], 24)}: {pair}"
 
 
 def _interval_text(one: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
@@ -269,10 +279,10 @@ def _mark(one: Mapping[str, Any]) -> str:
 def _verdict_cell(one: Mapping[str, Any], metric: Mapping[str, Any]) -> Cell:
     mark = _mark(one)
     if not one["resolved"]:
-        return Cell(f"○ {mark}", f"2 {mark}")
+        return Cell(f"~ {mark}", f"2 {mark}")
     better = one["a"] if (one["mean"] > 0) == (metric["better"] == "higher") else one["b"]
-    after = "" if one["resolved_holm"] else ", not after Holm"
-    return Cell(f"● {short(str(better), 24)} better{after}", f"{0 if one['resolved_holm'] else 1} {better}")
+    stars, after = ("**", "") if one["resolved_holm"] else ("*", ", not after Holm")
+    return Cell(f"{stars} {short(str(better), 24)} better{after}", f"{0 if one['resolved_holm'] else 1} {better}")
 
 
 def _p_text(value: float) -> str:
@@ -305,7 +315,7 @@ def _differences(suite: Mapping[str, Any]) -> Table | None:
             interval = Cell(_interval_text(one, metric), one["high"] - one["low"])
         rows.append(
             [
-                text_cell(f"{one['a']} − {one['b']}")._replace(small=one.get("arm", "")),
+                text_cell(_pair(one))._replace(small=one.get("arm", "")),
                 *(_setting_cell(one["settings"].get(name)) for name in varying),
                 text_cell(f"{metric['title']}, {_COMPARISONS[one['comparison']]}"),
                 Cell(_difference_text(one["mean"], metric), one["mean"], strong=one["resolved"]),
@@ -522,7 +532,7 @@ def _contrast_figures(suite: Mapping[str, Any], metric: Mapping[str, Any]) -> li
             if one.get("arm"):
                 label = f"{label}, {one['arm']}" if label else one["arm"]
             interval = f" ({_interval_text(one, metric)})" if one["low"] is not None else ""
-            pair = f"{short(str(one['a']), 14)} − {short(str(one['b']), 14)}"
+            pair = _pair(one)
             about = f"{pair}{', ' if label else ''}{label}, {_COMPARISONS[one['comparison']]}: "
             about += f"{_difference_text(one['mean'], metric)}{interval}, {_mark(one)}"
             contrasts.append(

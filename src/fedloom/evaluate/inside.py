@@ -447,7 +447,7 @@ def private_root(base: str, disk_bytes: int) -> None:
         if os.path.islink(path) and not os.path.lexists(base + path):
             os.makedirs(os.path.dirname(base + path), exist_ok=True)
             os.symlink(os.path.realpath(path), base + path)
-    with open("/proc/self/mountinfo") as file:
+    with open("/proc/self/mountinfo", errors="surrogateescape") as file:
         below = [_unescaped(line.split()[4]) for line in file]
     for target in below:
         if target.startswith(base + "/"):

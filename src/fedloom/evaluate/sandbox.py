@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ class Sandbox:
     """A way to run programs. `open_sandbox` makes the one that this machine can have."""
 
     layers: tuple[str, ...]
+    patience: tuple[float, ...] = (0.1, 1.0)  # seconds before walls that could not be put up are tried again
 
     @property
     def protections(self) -> dict[str, str]:
@@ -170,7 +172,7 @@ class Sandbox:
         with tempfile.TemporaryDirectory(prefix="fedloom-sandbox-", ignore_cleanup_errors=True) as folder:
             try:
                 for _ in range(min(len(programs), workers or default_workers(limits))):
-                    keepers.append(_Keeper(Path(folder)))
+                    keepers.append(_Keeper(Path(folder), self.patience))
                     threads.append(threading.Thread(target=serve, args=(keepers[-1],), daemon=True))
                     threads[-1].start()
                 while len(outcomes) < len(programs):
@@ -238,7 +240,7 @@ def _layers_of_this_machine() -> tuple[tuple[str, ...], str]:
     working, reasons = [], {}
     for layer in LAYERS:
         try:
-            [outcome] = Sandbox((layer,)).run([nothing], workers=1)
+            [outcome] = Sandbox((layer,), ()).run([nothing], workers=1)
             reasons[layer] = f"{layer}: {outcome.status} {outcome.detail}".strip()
             working += [layer] if outcome.passed else []
         except (RunError, OSError) as error:
@@ -290,8 +292,8 @@ for what, trial in trials.items():
 class _Keeper:
     """The process that runs one program after the other."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, patience: Sequence[float]) -> None:
+        self.folder, self.patience = folder, patience
         self.over = False
         self.lock = threading.Lock()  # between its own thread, which may start a successor, and the one that closes it
         self.start()
@@ -320,25 +322,31 @@ class _Keeper:
         )
 
     def ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        """The report on one program. A keeper that was killed gets one successor."""
-        for last in (False, True):
-            line = b""
-            with suppress(OSError, ValueError):
-                assert self.process.stdin is not None and self.process.stdout is not None
-                self.process.stdin.write(json.dumps(job).encode() + b"\n")
-                self.process.stdin.flush()
-                line = self.process.stdout.readline()
-            if line.endswith(b"\n"):
-                return dict(json.loads(line))
-            with self.lock:
-                if self.over:
-                    return {"wall": "it was closed"}
-                if last:
-                    break
-                self.kill()
-                self.start()
-        self.errors.seek(0)
-        said = self.errors.read().decode(errors="replace").strip().splitlines() or ["ended by a signal"]
+        """The report on one program. What fails for want of memory or processes is tried again, a little later."""
+        for pause in self.patience:
+            report = self._ask(job)
+            if "wall" not in report or self.over:
+                return report
+            time.sleep(pause)
+        return self._ask(job)
+
+    def _ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        line = b""
+        with suppress(OSError, ValueError):
+            assert self.process.stdin is not None and self.process.stdout is not None
+            self.process.stdin.write(json.dumps(job).encode() + b"\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        if line.endswith(b"\n"):
+            return dict(json.loads(line))
+        with self.lock:
+            if self.over:
+                return {"wall": "it was closed"}
+            self.process.wait()
+            self.errors.seek(0)
+            said = self.errors.read().decode(errors="replace").strip().splitlines() or ["ended by a signal"]
+            self.kill()
+            self.start()
         return {"wall": f"the process that runs programs ended: {said[-1]}"}
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tests.evaluate.tasks.told import Knows, Told, write_jsonl
 
-from fedloom.errors import UserError
+from fedloom.errors import RunError, UserError
 from fedloom.evaluate import sandbox
 from fedloom.evaluate.sampling import Sampling
 from fedloom.evaluate.tasks.base import Answer, Item, TaskSettings, Write
@@ -327,6 +327,24 @@ def test_the_file_of_items_says_what_became_of_each_program_and_is_judged_again(
     assert lines[0]["scores"] == {"pass@1": 1.0, "pass@2": 1.0, "timeout": 0.0}
     assert result.summary["pass@1"] == result.summary["pass@2"] == pytest.approx(1 / 3)
     assert rescore(out).summary == result.summary
+
+
+@needs_sandbox
+def test_answers_that_could_not_be_judged_are_kept(
+    humaneval: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RunError("no more processes", code="sandbox.broken")
+
+    out, settings = tmp_path / "humaneval.jsonl", TaskSettings(samples=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox.Sandbox, "run", broken)
+        with pytest.raises(RunError, match="no more processes"):
+            run_task(find_task("humaneval"), Told(lambda _: BODY), source=humaneval, settings=settings, out=out)
+    assert not out.exists()
+    kept = tmp_path / "humaneval.unjudged.jsonl"
+    assert f"fedloom eval --rescore {kept}" in caplog.text
+    assert rescore(kept).summary["pass@1"] == 1.0
 
 
 @needs_sandbox

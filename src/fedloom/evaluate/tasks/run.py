@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import contextlib
 import json
+import logging
 import math
 import os
 import platform
@@ -39,6 +40,8 @@ from fedloom.seeds import seed_of
 from fedloom.types import Tree
 
 __all__ = ["Answerer", "Asked", "TaskResult", "answerer_of", "find_task", "rescore", "run_task"]
+
+logger = logging.getLogger("fedloom")
 
 FORMAT = 1  # of the file of items
 TOO_LONG = "too_long"
@@ -428,6 +431,8 @@ def run_task(
 ) -> TaskResult:
     """Ask all items, judge the answers, and write the file of items to `out`.
 
+    Answers that could not be judged (programs need a sandbox) are written as well, under another name.
+
     Args:
         source: a file or folder in the task's published format; None looks in its usual place.
         about: what is said of the model in the file.
@@ -449,11 +454,10 @@ def run_task(
     items = [_with_own_draws(task, item, settings) for item in items]
     answers = _ask(items, answerer)
     asked = [answerer.asked(item.request) if isinstance(answerer, Shows) else _as_given(item.request) for item in items]
-    scores = _judge(task, items, answers)
     result = TaskResult(
         task.name,
         task.metric,
-        _summary(task, items, scores),
+        {},
         len(items),
         _counts({TOO_LONG: sum(not _is_there(answer) for answer in answers)}),
         time.perf_counter() - started,
@@ -465,6 +469,17 @@ def run_task(
         ),
         out,
     )
+    try:
+        scores = _judge(task, items, answers)
+    except BaseException:
+        if out is not None:
+            kept = out.with_name(out.stem + ".unjudged" + out.suffix)
+            lines = map(_line, items, asked, answers, [Judged({})] * len(items))
+            write_lines(kept, [header_of(result, settings, source, about), *lines])
+            logger.warning("%s: answers without a verdict are kept; fedloom eval --rescore %s", task.name, kept)
+        raise
+    seconds = time.perf_counter() - started
+    result = replace(result, summary=_summary(task, items, scores), seconds=seconds)
     if out is not None:
         write_lines(out, [header_of(result, settings, source, about), *map(_line, items, asked, answers, scores)])
     return result

@@ -186,13 +186,16 @@ class _Warnings(logging.Handler):
 def hear_warnings() -> None:
     """Print what the package warns of."""
     logger = logging.getLogger("fedloom")
-    if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
-        logger.addHandler(_Warnings(logging.WARNING))
+    for handler in [handler for handler in logger.handlers if isinstance(handler, _Warnings)]:
+        logger.removeHandler(handler)  # of another command in this process, which may have quieted it
+    logger.addHandler(_Warnings(logging.WARNING))
 
 
 def without_data_notes() -> None:
     """For commands that show the data report's notes themselves."""
-    logging.getLogger("fedloom.data.federation").setLevel(logging.ERROR)
+    for handler in logging.getLogger("fedloom").handlers:
+        if isinstance(handler, _Warnings):
+            handler.addFilter(lambda record: record.name != "fedloom.data.federation")
 
 
 def render(error: FedloomError) -> str:

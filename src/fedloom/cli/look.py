@@ -1,8 +1,11 @@
-"""`plan` and `preview`: what a run would do and cost, and what the model would see."""
+"""`plan` and `preview`: what a run would do and cost, and what the model would see of which data."""
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,12 +22,13 @@ from fedloom.cli.common import (
     say,
     without_data_notes,
 )
+from fedloom.errors import FedloomError, UserError, suggest
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fedloom.data.federation import DataReport, Federation
-    from fedloom.study.recipe import Recipe
+    from fedloom.study.load import Loaded
 
 __all__ = ["register"]
 
@@ -77,21 +81,43 @@ def plan(
 
 
 def preview(
-    words: Words = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RECIPE|DATA [KEY=VALUE]...",
+            show_default=False,
+            help="A recipe; or a named set, a file or a folder (model=builtin unless it is given).",
+        ),
+    ] = None,
     examples: Annotated[int, typer.Option(min=0, help="Tokenised examples to show.")] = 1,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="Of the partition: .svg, .png or .pdf. Default: partition_NAME.svg.",
+        ),
+    ] = None,
+    no_picture: Annotated[bool, typer.Option("--no-picture", help="Write no picture.")] = False,
     output: FormatOption = OutputFormat.text,
 ) -> None:
-    """What the model would see: rows per client, an example in colour."""
-    loaded = read_words(words, "preview")
+    """Who holds what, in a table and a picture; an example in colour."""
+    loaded = _recipe_or_data(words)
     from fedloom.data.federation import prepare
     from fedloom.models.load import load_tokenizer
+    from fedloom.study.draw import check_picture_file
+    from fedloom.study.partition import partition_file
 
+    if picture is not None:
+        check_picture_file(picture)  # before the data is read, which may take a while
     without_data_notes()  # they are part of what is shown
     recipe = loaded.recipe
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     federation = prepare(recipe.data, recipe.split, tokenizer, recipe.seed)
     if output is OutputFormat.json:
         shown = [_pieces(federation, place) for place in range(examples)]
+        if picture is not None:
+            partition_file(federation.report.to_json(), picture)
         print_data({**federation.report.to_json(), "examples": [piece for piece in shown if piece is not None]})
         return
     from rich.console import Console
@@ -99,10 +125,91 @@ def preview(
     console = Console(highlight=False)
     if not console.is_terminal:  # a file is not squeezed to the width of no terminal
         console = Console(highlight=False, width=max(120, shutil.get_terminal_size().columns))
-    _show_clients(console, federation.report, recipe)
+    _show_clients(console, federation.report)
     for place in range(examples):
         _show_example(console, federation, place)
-    say(f"next: fedloom plan {loaded.source}    fedloom run {loaded.source} --smoke")
+    if not no_picture:
+        _write_picture(console, federation.report, picture, loaded)
+    if _is_data(loaded):
+        say(f"next: fedloom init {loaded.source} --model {recipe.model}")
+    else:
+        say(f"next: fedloom plan {loaded.source}    fedloom run {loaded.source} --smoke")
+
+
+def _recipe_or_data(words: Sequence[str] | None) -> Loaded:
+    """The recipe that a command line names; of data, the recipe that `fedloom init` would begin with.
+
+    Raises:
+        UserError: neither is there, or it is wrong.
+    """
+    from fedloom.cli.initialise import recipe_for
+    from fedloom.data.catalog import CATALOG
+    from fedloom.data.rows import files_of, read
+    from fedloom.study.load import Loaded, packaged_recipes, split_words, validate_text
+    from fedloom.study.recipe import yaml_value
+
+    overrides, rest = split_words(words or [])
+    names = [word for word in rest if not word.startswith("-")]
+    if len(names) != 1 or len(rest) != 1:
+        return read_words(words, "preview")  # which says what is wrong
+    name = names[0]
+    given = {override.key: override.value for override in overrides}
+    model = given.get("model", "builtin")
+    kind = given.get("data.type", given.get("type", "auto"))
+    columns = {key.removeprefix("data.columns."): value for key, value in given.items() if "columns." in key}
+    path = Path(name)
+    run = path.is_dir() and any((path / part).is_file() for part in ("recipe.yaml", "suite.yaml"))
+    if run or path.suffix in (".yaml", ".yml") or (name in packaged_recipes() and not path.exists()):
+        return read_words(words, "preview")
+    if name in CATALOG or name.startswith("builtin:"):
+        key = "name" if name in CATALOG else "path"
+        text = f"model: {yaml_value(model)}\ndata: {{{key}: {yaml_value(name)}}}\nlocal_steps: 1\n"
+    else:
+        try:
+            files_of(name, ())  # None is the id of a hub
+        except UserError as error:
+            if path.exists() or any(mark in name for mark in "*?[/"):
+                raise
+            known = [*packaged_recipes(), *CATALOG]
+            raise UserError(
+                f"{name}: no such recipe, data set, file or folder{suggest(name, known)}",
+                hint="fedloom ls recipes    fedloom ls data",
+                code="recipe.missing",
+            ) from error
+        text = recipe_for(read(name, type=kind, columns=columns), name, model, path.stem)
+    said = [one.said if "=" in one.said else f"--{one.key}={one.value}" for one in overrides]
+    recipe, notes = validate_text(text, said, source=name, name=_stem(name))
+    for note in notes:
+        say(f"note: {note}")
+    # What init writes down of the columns was found in the data, and is found again: the same rows, read once.
+    asked = {"type": kind, "columns": recipe.data.columns if columns else {}}
+    return Loaded(recipe.model_copy(update={"data": recipe.data.model_copy(update=asked)}), notes, name, text)
+
+
+def _is_data(loaded: Loaded) -> bool:
+    return loaded.source in (loaded.recipe.data.path, loaded.recipe.data.name)
+
+
+def _stem(name: str) -> str:
+    """A name for files, from a path or the name of a recipe or a data set."""
+    stem = Path(name.rstrip("/").removeprefix("builtin:")).name.split(".")[0]
+    return re.sub(r"[^\w-]+", "_", stem).strip("_") or "data"
+
+
+def _write_picture(console: Console, report: DataReport, picture: Path | None, loaded: Loaded) -> None:
+    from rich.text import Text
+
+    from fedloom.study.partition import partition_file
+
+    place = picture or Path(f"partition_{_stem(loaded.source)}.svg")
+    try:
+        partition_file(report.to_json(), place)
+    except (FedloomError, OSError) as error:
+        if picture is not None:
+            raise
+        say(f"note: no picture: {error}")  # nobody asked for one, and the folder may not be ours
+        return
+    console.print(Text(f"picture: {place}"), soft_wrap=True)
 
 
 def _pieces(federation: Federation, place: int) -> dict[str, Any] | None:
@@ -127,7 +234,7 @@ def _pieces(federation: Federation, place: int) -> dict[str, Any] | None:
     return shown
 
 
-def _show_clients(console: Console, report: DataReport, recipe: Recipe) -> None:
+def _show_clients(console: Console, report: DataReport) -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -158,11 +265,76 @@ def _show_clients(console: Console, report: DataReport, recipe: Recipe) -> None:
     if len(report.clients) > MOST_CLIENTS:
         console.print(Text(f"and {len(report.clients) - MOST_CLIENTS:,} more clients"))
     lengths = ", ".join(f"{name} {value:,}" for name, value in report.lengths.items())
-    lines = [f"tokens per row: {lengths}; data.max_length {recipe.data.max_length:,}; {report.cut:,} rows cut"]
+    _show_categories(console, report, colours)
+    _show_heterogeneity(console, report)
+    limit = "none" if report.max_length is None else f"{report.max_length:,}"
+    lines = [f"tokens per row: {lengths}; data.max_length {limit}; {report.cut:,} rows cut"]
+    lines.append(f"exact duplicates: {report.duplicates:,} rows")
     lines += [f"left out: {count:,} rows: {reason}" for reason, count in report.left_out.items()]
     lines += [f"note: {note}" for note in report.notes]
     for line in lines:
         console.print(Text(line), soft_wrap=True)
+
+
+def _show_categories(console: Console, report: DataReport, colours: dict[str, str]) -> None:
+    """Rows of each client by category, where a client has several: the largest categories that fit."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    if max((len(client.categories) for client in report.clients), default=0) < 2:
+        return
+    totals: dict[str, int] = {}
+    for client in report.clients:
+        for name, count in client.categories.items():
+            totals[name] = totals.get(name, 0) + count
+    names = sorted(totals, key=lambda name: (-totals[name], name))
+    room = console.width - max(len(client.id) for client in report.clients[:MOST_CLIENTS]) - 12
+    shown: list[str] = []
+    for name in names:
+        room -= max(len(name), len(f"{totals[name]:,}")) + 2
+        if room < 0 and shown:
+            break
+        shown.append(name)
+    rest = names[len(shown) :]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("rows of", no_wrap=True)
+    for name in shown:
+        table.add_column(Text(name, style=colours[name]), justify="right", no_wrap=True)
+    if rest:
+        table.add_column(f"{len(rest):,} others", justify="right", no_wrap=True)
+
+    def line(id: str, held: dict[str, int], style: str = "") -> None:
+        cells = [Text(f"{held[name]:,}", style=colours[name]) if held.get(name) else Text("·", "dim") for name in shown]
+        cells += [Text(f"{sum(held.get(name, 0) for name in rest):,}")] if rest else []
+        table.add_row(Text(id), *cells, style=style)
+
+    for client in report.clients[:MOST_CLIENTS]:
+        line(client.id, dict(client.categories))
+    line("all", totals, "bold")
+    console.print(table)
+
+
+def _show_heterogeneity(console: Console, report: DataReport) -> None:
+    """How unlike the pool clients are, beside what an even deal of the same sizes would have."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    headings = ("from the pool, 0 to 1", "JS mean", "max", "pairs", "even deal", "TV mean", "max", "even deal")
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=True)
+    for name, what in (("category", "categories"), ("length", "lengths")):
+        found = report.heterogeneity.get(name)
+        if found is None:
+            continue
+        keys = ("js_mean", "js_max", "js_pairs", "js_even", "tv_mean", "tv_max", "tv_even")
+        values = ["–" if found[key] is None else f"{found[key]:.3f}" for key in keys]
+        style = "yellow" if (found["js_even"] or 0.0) * 3 + 0.01 < (found["js_mean"] or 0.0) else ""
+        table.add_row(Text(what), *(Text(value, style=style) for value in values))
+    if table.row_count:
+        console.print(table)
 
 
 def _show_example(console: Console, federation: Federation, place: int) -> None:

@@ -35,7 +35,7 @@ from fedloom.data.tokens import (
 )
 from fedloom.errors import UserError, suggest
 
-logger = logging.getLogger("fedloom")
+logger = logging.getLogger("fedloom.data.federation")  # a command that shows the notes itself quiets it
 
 PARTS = ("train", "validation", "test")
 

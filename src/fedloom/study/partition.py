@@ -172,7 +172,7 @@ def _in_lines(figure: Any, plan: _Plan, report: Mapping[str, Any], tips: Tips) -
         left.annotate(
             f"{total:,}", (total, y), xytext=(5, 0), textcoords="offset points", va="center", color=MUTED, fontsize=9
         )
-    left.set_xlim(0, most * 1.09)
+    left.set_xlim(0, max(most, 1) * 1.09)
     left.set_yticks(ys, [short(bar.id, 24) for bar in plan.bars])
     left.tick_params(axis="y", labelcolor=INK)
     left.set_ylim(len(plan.bars) - 0.45, -1.0)  # from top to bottom, with room for the limit's name

@@ -282,7 +282,7 @@ def test_values_show_where_the_pointer_rests(opened: Callable[..., Opened]) -> N
           return top.parentElement.className.baseVal === "tips" && top.querySelector("title").textContent.length > 5;
         })"""
     )
-    assert len(hits) == 9 and all(hits)
+    assert len(hits) == 10 and all(hits)
 
 
 def test_the_list_of_sections_leads_to_them(opened: Callable[..., Opened]) -> None:

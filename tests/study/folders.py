@@ -110,7 +110,7 @@ def a_run(
                 "rows_read": 6400,
                 "notes": ["two words", "and more"],
                 "clients": [
-                    {"id": id, "train": 640, "test": 96, "categories": own}
+                    {"id": id, "train": 640, "test": 96, "categories": own, "lengths": {}}
                     for id, own in zip(clients, held, strict=True)
                 ],
             },
@@ -161,9 +161,14 @@ def add_measurements(run: Path) -> None:
                 peak_memory_bytes=900_000_000, trainable_share=0.0296, rounds=12,
             )  # fmt: skip
     result["data"]["heterogeneity"] = {
-        "category": {"js_mean": 0.41, "js_max": 0.52, "tv_mean": 0.3, "tv_max": 0.5},
-        "length": {"js_mean": 0.05, "js_max": 0.09, "tv_mean": 0.1, "tv_max": 0.2},
+        "category": {"js_mean": 0.41, "js_max": 0.52, "tv_mean": 0.3, "tv_max": 0.5, "js_even": 0.03, "tv_even": 0.1},
+        "length": {"js_mean": 0.05, "js_max": 0.09, "tv_mean": 0.1, "tv_max": 0.2, "js_even": None, "tv_even": None},
     }
+    for place, client in enumerate(result["data"]["clients"]):
+        middle = 20 + 5 * (place % 9)
+        spread = ((10, 0.5), (25, 0.8), (50, 1), (75, 1.3), (90, 2))
+        client["lengths"] = {f"p{share}": int(middle * factor) for share, factor in spread}
+    result["data"]["max_length"] = 100
     (run / "result.json").write_text(json.dumps(check_result(result)))
     lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
     for line in lines:

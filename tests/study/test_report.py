@@ -150,7 +150,8 @@ def test_what_is_measured_by_client_and_task_and_after_equal_samples_is_shown(tm
         "Federated validation score rises from 0 % to 80 % between rounds 0 and 11",
         "Federated gsm8k exact match rises from 0 % to 27 % between rounds 0 and 11",
         "The worst tenth of the clients is 6 points below the mean in federated round 11",
-        "Clients hold 2 to 3 of 3 categories; their divergence from the pool is 0.41 of 1",
+        "Clients hold 2 to 3 of 3 categories; their divergence from the pool is 0.41 of 1 (an even deal: 0.03)",
+        "Clients' median rows have 20 to 55 tokens; their divergence from the pool is 0.05 of 1",
         "its model had seen 9,600 samples",
         "federated 2 9.6k 76.5 % 71.5 % 68.8 %",
         "arm gsm8k mmlu: accuracy mmlu: perplexity base 0.7 % 25.5 % 9.5",
@@ -158,11 +159,12 @@ def test_what_is_measured_by_client_and_task_and_after_equal_samples_is_shown(tm
         "federated 8 0.392 0.462 0.462 0.392 0.322 0.046",  # and of the losses, where the worst is the largest
         "federated 231 kB 231 kB 22.0 MB 22.0 MB 12 77k 9.6k 800k 17.5 s 0.8 s 6.5 s 0.3 s 46k 900 MB 3.2 TFLOP 2.96 %",
         "federated 12 40 yes 9 9 loss 0.71",
-        "rows by category 0.410 0.520 0.300 0.500",
+        "rows by category 0.410 0.520 0.030 0.300 0.500 0.100",
         "skill 7 640 1.9 % 11.6 % 82.5 % 90.2 % 2.657 1.875 0.462 0.404",
     ):
         assert said in text, said
-    assert page.count("<svg ") == 9
+    assert page.count("<svg ") == 10
+    assert "skill 7: median 55 tokens, 10 to 90 % 27 to 110" in page
 
 
 def test_pictures_have_names_and_values_to_hover(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ __all__ = [
     "cost_finding",
     "headline",
     "lead_of",
+    "lengths_finding",
     "order_finding",
     "own_values",
     "partition_finding",
@@ -219,8 +220,24 @@ def partition_finding(clients: Sequence[Mapping[str, Any]], heterogeneity: Mappi
         text = f"Clients hold {min(held)} to {max(held)} of {there} categories"
     else:
         text = f"Every client holds {held[0]} of {there} categories"
-    mean = (heterogeneity.get("category") or {}).get("js_mean")
-    return text + (f"; their divergence from the pool is {mean:.2f} of 1" if mean is not None else "")
+    return text + _apart(heterogeneity, "category")
+
+
+def _apart(heterogeneity: Mapping[str, Any], name: str) -> str:
+    """The mean divergence from the pool, and what an even deal would have."""
+    found = heterogeneity.get(name) or {}
+    if found.get("js_mean") is None:
+        return ""
+    even = f" (an even deal: {found['js_even']:.2f})" if found.get("js_even") is not None else ""
+    return f"; their divergence from the pool is {found['js_mean']:.2f} of 1{even}"
+
+
+def lengths_finding(clients: Sequence[Mapping[str, Any]], heterogeneity: Mapping[str, Any]) -> str:
+    """How unlike each other the clients' rows are in length."""
+    medians = sorted(int(one["lengths"]["p50"]) for one in clients if one.get("lengths"))
+    if medians[0] == medians[-1]:
+        return f"Rows have a median of {medians[0]:,} tokens in every client" + _apart(heterogeneity, "length")
+    return f"Clients' median rows have {medians[0]:,} to {medians[-1]:,} tokens" + _apart(heterogeneity, "length")
 
 
 def sizes_finding(clients: Sequence[Mapping[str, Any]]) -> str:

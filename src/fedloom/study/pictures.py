@@ -32,6 +32,7 @@ __all__ = [
     "bytes_picture",
     "clients_picture",
     "cost_picture",
+    "lengths_picture",
     "loss_picture",
     "partition_note",
     "partition_picture",
@@ -523,3 +524,73 @@ def sizes_picture(clients: Sequence[Mapping[str, Any]]) -> str:
         axes.spines["left"].set_visible(False)
 
     return picture("sizes", sizes, 2.6 if many else 0.75 + 0.27 * max(len(sizes), 2), draw)
+
+
+def lengths_picture(clients: Sequence[Mapping[str, Any]], limit: int | None) -> str:
+    """How long each client's rows are, the one with the longest first; `limit` is where rows are cut.
+
+    A line per client, or of many clients bands over all of them.
+    """
+    shares = ("p10", "p25", "p50", "p75", "p90")
+    rows = [(str(one["id"]), [int(one["lengths"][share]) for share in shares]) for one in clients if one.get("lengths")]
+    rows.sort(key=lambda row: (-row[1][2], -row[1][4]))
+    many = len(rows) > _MAX_CLIENT_ROWS
+    low, high = min(values[0] for _, values in rows), max(values[4] for _, values in rows)
+    wide = high > 12 * max(low, 1)
+
+    def said(id: str, values: Sequence[int]) -> str:
+        return f"{short(id, 60)}: median {values[2]:,} tokens, 10 to 90 % {values[0]:,} to {values[4]:,}"
+
+    def scaled(axes: Axes, which: str) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        axis = axes.xaxis if which == "x" else axes.yaxis
+        limits = (0.8 * max(low, 1), 1.25 * high) if wide else (0.0, 1.08 * high)
+        if wide:
+            (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+            axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=8))
+            axis.set_minor_formatter(NullFormatter())
+        (axes.set_xlim if which == "x" else axes.set_ylim)(*limits)
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        if limit is not None and limits[0] < limit < limits[1]:
+            (axes.axvline if which == "x" else axes.axhline)(limit, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            end = (limit, 1.0) if which == "x" else (1.0, limit)
+            axes.annotate(
+                f"cut at {limit:,}", end, ha="right", va="bottom", xytext=(-3, 2), textcoords="offset points",
+                xycoords=axes.get_xaxis_transform() if which == "x" else axes.get_yaxis_transform(),
+                color=MUTED, fontsize=8.5,
+            )  # fmt: skip
+
+    def bands(axes: Axes, tips: Tips) -> None:
+        at = range(len(rows))
+        columns = list(zip(*(values for _, values in rows), strict=True))
+        for first, last, alpha in ((0, 4, 0.22), (1, 3, 0.4)):
+            axes.fill_between(at, columns[first], columns[last], color=ACCENT, alpha=alpha, linewidth=0)
+        axes.plot(at, columns[2], color=ACCENT, linewidth=2)
+        for place in range(0, len(rows), max(1, len(rows) // 60)):
+            tips.point(axes, place, rows[place][1][2], said(*rows[place]))
+        axes.set_xlim(0, len(rows) - 1)
+        axes.set_xlabel("clients, the one with the longest rows first")
+        axes.set_ylabel("tokens per row")
+        scaled(axes, "y")
+
+    def lines(axes: Axes, tips: Tips) -> None:
+        at = list(range(len(rows)))
+        p10, p25, p50, p75, p90 = zip(*(values for _, values in rows), strict=True)
+        axes.hlines(at, p10, p90, color=ACCENT, linewidth=1.6, alpha=0.6)
+        axes.hlines(at, p25, p75, color=ACCENT, linewidth=6, alpha=0.5)
+        axes.scatter(p50, at, s=38, color=ACCENT, edgecolors=PAPER, linewidths=0.8, zorder=3)
+        for place, (id, values) in enumerate(rows):
+            tips.box(axes, (values[0], values[4]), (place - 0.3, place + 0.3), said(id, values))
+        axes.set_yticks(at, [short(id) for id, _ in rows])
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel("tokens per row")
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        scaled(axes, "x")
+
+    def draw(figure: Figure, tips: Tips) -> None:
+        (bands if many else lines)(figure.add_subplot(), tips)
+
+    return picture("lengths", [rows, limit], 2.8 if many else 0.85 + 0.27 * max(len(rows), 2), draw)

@@ -297,6 +297,10 @@ def run_figures(known: Known) -> list[Figure]:
     elif len(holders) > 1:
         about = "Rows to train on; the data names no categories."
         figure("sizes", findings.sizes_finding(holders), about, pictures.sizes_picture(holders))
+    if sum(bool(one.get("lengths")) for one in holders) > 1:
+        about = "Tokens per row before any cut: the median, the middle half, and 10 to 90 % of each client's rows."
+        finding = findings.lengths_finding(holders, data.get("heterogeneity") or {})
+        figure("lengths", finding, about, pictures.lengths_picture(holders, data.get("max_length")))
     return figures
 
 
@@ -398,16 +402,22 @@ def _heterogeneity_tables(data: Mapping[str, Any]) -> list[Table]:
     known = {name: row for name, row in (data.get("heterogeneity") or {}).items() if isinstance(row, Mapping)}
     columns = {
         "js_mean": "Jensen–Shannon, mean",
-        "js_max": "Jensen–Shannon, largest",
+        "js_max": "largest",
+        "js_even": "of an even deal",
+        "js_pairs": "between clients",
         "tv_mean": "total variation, mean",
-        "tv_max": "total variation, largest",
+        "tv_max": "largest ",
+        "tv_even": "of an even deal ",
     }
+    columns = {key: name for key, name in columns.items() if any(row.get(key) is not None for row in known.values())}
     rows = [
         [text_cell(f"rows by {name}"), *(cell(row.get(key), lambda x: f"{x:.3f}") for key in columns)]
         for name, row in known.items()
         if any(row.get(key) is not None for key in columns)
     ]
     note = "Between each client and the pool of all: 0 is alike, 1 is nothing in common."
+    if any(row.get("js_even") is not None for row in known.values()):
+        note += " Small clients are unlike the pool by luck alone: an even deal of the same sizes says by how much."
     heads = [Column("distribution", text=True), *map(Column, columns.values())]
     return [Table("heterogeneity", heads, rows, note)] if rows else []
 

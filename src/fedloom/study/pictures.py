@@ -486,7 +486,7 @@ def partition_picture(clients: Sequence[Mapping[str, Any]]) -> str:
             spine.set_visible(False)
 
     longest = max(map(len, names), default=0)
-    return picture("partition", [rows, names], 0.5 + 0.045 * longest + max(0.9, min(0.26 * len(rows), 5.2)), draw)
+    return picture("partition", [rows, names], 0.5 + 0.045 * longest + max(0.9, min(0.26 * len(rows), 4.6)), draw)
 
 
 def sizes_picture(clients: Sequence[Mapping[str, Any]]) -> str:

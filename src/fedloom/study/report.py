@@ -248,7 +248,7 @@ def run_figures(known: Known) -> list[Figure]:
 
     def figure(name: str, finding: str, about: str, svg: str) -> None:
         if svg:
-            figures.append(Figure(name, tied(finding), about, svg))
+            figures.append(Figure(name, tied(finding), tied(about), svg))
 
     measure = measure_of(arms.values())
     scored = measure == "score"

@@ -545,13 +545,13 @@ def test_an_interrupt_ends_everything(alone: None) -> None:
         open_sandbox().run(programs, QUICK, workers=3, on_outcome=interrupt)
 
 
-def test_nothing_survives_the_death_of_its_maker(walls: Sandbox) -> None:
+def test_nothing_survives_the_death_of_its_maker(walls: Sandbox, tmp_path: Path) -> None:
     script = """
     from fedloom.evaluate.sandbox import Program, Sandbox
     Sandbox(LAYERS).run([Program.of("import time; time.sleep(1000)")])
     """
     text = textwrap.dedent(script).replace("LAYERS", repr(walls.layers))
-    maker = psutil.Popen([sys.executable, "-c", text])
+    maker = psutil.Popen([sys.executable, "-c", text], env={**os.environ, "TMPDIR": str(tmp_path)})
     family = _until(lambda: family if len(family := maker.children(recursive=True)) == 3 else None)
     maker.send_signal(signal.SIGKILL)
     maker.wait()

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -86,6 +87,47 @@ def test_the_report_of_a_run_that_goes_on(tmp_path: Path) -> None:
     assert "federated: round 2/40 · 8/8 clients" in words(page)
     run.close()
     assert "x stopped, federated round 2/40" in words(write_report(tmp_path / "x").read_text(encoding="utf-8"))
+
+
+@pytest.mark.usefixtures("not_drawn")
+def test_what_arms_that_are_done_have_is_shown_before_the_end(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "x", arms=("base", "local"), done=False)
+    stage = run.read_stage("local") or {}
+    outcome = {
+        "rounds": 12,
+        "planned_rounds": 40,
+        "stopped_early": True,
+        "best_round": 9,
+        "best_by": "loss",
+        "round": 9,
+    }
+    run.write_stage("local", {**stage, "tasks": {"mmlu": {"accuracy": 0.31}}, "outcome": outcome})
+    run.close()
+    text = words(write_report(tmp_path / "x").read_text(encoding="utf-8"))
+    assert "Benchmark tasks arm mmlu local 31.0 %" in text
+    assert "local 12 40 yes 9 9 loss" in text
+
+
+def test_a_picture_that_fails_does_not_cost_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedloom.study import run as runs
+
+    def fail(_: Path) -> None:
+        raise ZeroDivisionError("a drawing")
+
+    said: list[str] = []
+    with a_run(tmp_path / "x", arms=("base",), rounds=1) as folder:
+        runner = SimpleNamespace(folder=folder, display=SimpleNamespace(message=said.append), reported=0.0)
+        monkeypatch.setattr(runs, "write_report", fail)
+        runs._Runner._report(runner, force=True)  # type: ignore[arg-type]
+        assert "report.html was not written: ZeroDivisionError: a drawing; try `fedloom report" in said[0]
+        assert "ZeroDivisionError" in (tmp_path / "x" / "log.txt").read_text()
+
+        def full(_: Path) -> None:
+            raise RunError("no space left")
+
+        monkeypatch.setattr(runs, "write_report", full)
+        with pytest.raises(RunError, match="no space left"):
+            runs._Runner._report(runner, force=True)  # type: ignore[arg-type]
 
 
 def test_the_report_of_a_run_that_has_only_begun(tmp_path: Path) -> None:

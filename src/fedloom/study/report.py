@@ -156,11 +156,11 @@ def _content(known: Known) -> dict[str, Any]:
             [quality_table("Arms", _BY_ARM, by_arm)] if arms else [],
             "After the same number of rounds in every arm. " * bool(equal) + quality_about(measure),
         ),
-        "ends": ("How the arms ended", _some(outcomes_table(result.get("outcomes") or {})), ""),
+        "ends": ("How the arms ended", _some(outcomes_table(known.outcomes)), ""),
         "samples": ("After the same number of samples", _equal_samples(equal), equal_samples_about(equal)),
         "tasks": (
             "Benchmark tasks",
-            _some(tasks_table([([arm_cell(arm)], table) for arm, table in _tasks(result).items()], _BY_ARM)),
+            _some(tasks_table([([arm_cell(arm)], table) for arm, table in known.tasks.items()], _BY_ARM)),
             "",
         ),
         "spread": (
@@ -222,11 +222,6 @@ def _name(known: Known) -> str:
 
 def _some(*tables: Table | None) -> list[Table]:
     return [table for table in tables if table is not None]
-
-
-def _tasks(result: Mapping[str, Any]) -> dict[str, Any]:
-    tasks = result.get("tasks") or {}
-    return {arm: tasks[arm] for arm in ordered(tasks) if tasks[arm]}
 
 
 def _clients(arms: Mapping[str, Any], measure: str) -> list[str]:

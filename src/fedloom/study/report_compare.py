@@ -23,7 +23,6 @@ from fedloom.study.report_tables import (
     commands_of,
     costs_table,
     know,
-    ordered,
     quality_about,
     quality_table,
     spread_table,
@@ -131,12 +130,7 @@ def compare_page(folders: Sequence[Path]) -> str:
     ]
     rounds = (Column("round"), lambda one: cell(one["round"], lambda x: f"{x:,.0f}"))
     samples = (Column("samples", "that a model has seen"), lambda one: count_cell(one["samples"]))
-    tasks = [
-        (lead(name, arm), run.result["tasks"][arm])
-        for name, run in runs.items()
-        for arm in ordered(run.result.get("tasks") or {})
-        if run.result["tasks"][arm]
-    ]
+    tasks = [(lead(name, arm), table) for name, run in runs.items() for arm, table in run.tasks.items()]
     costs = [(lead(name, arm), run.costs[arm]) for name, run in runs.items() for arm in run.costs]
     parts: dict[str, tuple[str, list[Table | None], str]] = {
         "settings": ("Settings that differ", [_settings_table(runs, differing)], ""),

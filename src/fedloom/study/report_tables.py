@@ -78,6 +78,8 @@ class Known(NamedTuple):
     costs: Mapping[str, Mapping[str, Any]]  # of the same, with "bytes_up" and "bytes_down" in all
     data: Mapping[str, Any]
     model: Mapping[str, Any]
+    tasks: Mapping[str, Mapping[str, Any]]  # arm -> benchmark task -> metric -> value
+    outcomes: Mapping[str, Mapping[str, Any]]  # how each arm ended
 
 
 def know(path: Path) -> Known:
@@ -92,13 +94,19 @@ def know(path: Path) -> Known:
     lines = folder.read_rounds()
     if result:
         arms, costs = result["arms"], result.get("costs_per_arm", {})
+        tasks, outcomes = result.get("tasks") or {}, result.get("outcomes") or {}
     else:
         stages = folder.read_stages()
         arms = {arm: stage["result"] for arm, stage in stages.items() if "result" in stage}
-        costs = {arm: stage["costs"] for arm, stage in stages.items() if "costs" in stage}
+        costs, tasks, outcomes = (
+            {arm: stage[key] for arm, stage in stages.items() if stage.get(key)}
+            for key in ("costs", "tasks", "outcome")
+        )
     totals = {arm: {**bytes_in_all(lines, arm), **costs[arm]} for arm in ordered(costs)}
     data, model = (result.get(key) or facts.get(key) or {} for key in ("data", "model"))
-    return Known(folder, result, facts, lines, {arm: arms[arm] for arm in ordered(arms)}, totals, data, model)
+    in_order = {arm: arms[arm] for arm in ordered(arms)}
+    tasks = {arm: tasks[arm] for arm in ordered(tasks) if tasks[arm]}
+    return Known(folder, result, facts, lines, in_order, totals, data, model, tasks, outcomes)
 
 
 def ordered(arms: Mapping[str, Any]) -> list[str]:

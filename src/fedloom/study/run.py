@@ -19,7 +19,7 @@ import torch
 
 from fedloom.data.batches import Batches
 from fedloom.data.clients import Clients
-from fedloom.errors import RunError, UserError
+from fedloom.errors import FedloomError, RunError, UserError
 from fedloom.evaluate.loss import add_metrics, mean_loss, require_finite
 from fedloom.evaluate.scores import mean_score
 from fedloom.evaluate.tasks.run import Answerer, answerer_of
@@ -710,7 +710,14 @@ class _Runner:
 
     def _report(self, *, force: bool = False) -> None:
         if force or time.monotonic() - self.reported > REPORT_SECONDS:
-            write_report(self.folder.path)
+            try:
+                write_report(self.folder.path)
+            except FedloomError:  # a full disk, a damaged file: the run's own next step would fail as well
+                raise
+            except Exception as error:  # a picture that cannot be drawn must not cost the run
+                text = f"report.html was not written: {type(error).__name__}: {error}"
+                self.folder.log(text)
+                self.display.message(f"note      {text}; try `fedloom report {self.folder.path}`")
             self.reported = time.monotonic()
 
 

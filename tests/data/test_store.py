@@ -66,6 +66,7 @@ def test_rows_are_asked_for_by_number_by_slice_and_in_order(tmp_path: Path) -> N
     assert [len(block) for block in rows.blocks()] == [BLOCK_ROWS, BLOCK_ROWS, 7]
     assert plain(row for block in blocks(rows, 10, 500) for row in block) == wanted
     assert all(len(block) <= 3 for block in blocks(rows, 10, 500)) and max(map(len, blocks(rows, 10))) == 10
+    assert rows.counts("category") == {"a": BLOCK_ROWS + 4, "b": BLOCK_ROWS + 3} and rows.counts("file") == {}
     assert columns.categories(rows).names == ["a", "b"] and rows.column_names == list(wanted[0])
 
 

@@ -183,12 +183,23 @@ class _Warnings(logging.Handler):
         say(f"{'warning' if record.levelno < logging.ERROR else 'error'}: {record.getMessage()}")
 
 
+class _Progress(logging.Handler):
+    """Lines that say how far long work is; there are few of them, so that a log file may have them too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
 def hear_warnings() -> None:
-    """Print what the package warns of."""
+    """Print what the package warns of, and how far preparing data is when that takes long."""
     logger = logging.getLogger("fedloom")
     for handler in [handler for handler in logger.handlers if isinstance(handler, _Warnings)]:
         logger.removeHandler(handler)  # of another command in this process, which may have quieted it
     logger.addHandler(_Warnings(logging.WARNING))
+    progress = logging.getLogger("fedloom.data.progress")
+    if not any(isinstance(handler, _Progress) for handler in progress.handlers):
+        progress.setLevel(logging.INFO)
+        progress.addHandler(_Progress())
 
 
 def without_data_notes() -> None:

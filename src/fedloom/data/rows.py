@@ -41,6 +41,7 @@ from fedloom.data.cache import Entry, file_digest, prepared
 from fedloom.data.json_stream import Text, list_items, object_lists, wrong
 from fedloom.data.store import Row as Row  # noqa: PLC0414  the name is looked for here
 from fedloom.data.store import Rows, RowWriter, from_entry
+from fedloom.data.telling import Telling
 from fedloom.errors import UserError, suggest
 from fedloom.hub import leave_alone
 
@@ -621,6 +622,7 @@ def _gather(
 ) -> dict[str, Any]:
     """Write the usable rows of all files into `folder`; gives what `_source` reads."""
     rows = RowWriter(folder, row_key)
+    telling = Telling("read")
     dropped: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     layouts: dict[str, _Layout] = {}
@@ -650,6 +652,7 @@ def _gather(
             )
         for where, value in itertools.chain(sample, raw):
             read += 1
+            telling.tell(read)
             _check_object(where, value)
             if isinstance(value, LeftOut):
                 dropped[str(value)] += 1

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, overload
@@ -235,6 +236,16 @@ class Rows(Sequence[Row]):
     def column_names(self) -> list[str]:
         """All columns that any row has, as they were first met."""
         return list(dict.fromkeys(name for part in self.parts for name in part.column_names))
+
+    def counts(self, name: str) -> dict[str, int]:
+        """Rows of each category, or of each file, as they were first met; rows that have none are not counted."""
+        found: dict[str, int] = {}
+        for part in self.parts:
+            codes, names = part.codes(name)
+            for code, count in sorted(Counter(codes).items()):
+                if code >= 0:
+                    found[names[code]] = found.get(names[code], 0) + count
+        return found
 
     @property
     def digest(self) -> str:

@@ -16,7 +16,6 @@ import hashlib
 import inspect
 import itertools
 import json
-import logging
 import os
 import sys
 import time
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 from fedloom.data.cache import prepared
 from fedloom.data.pairs import sides
 from fedloom.data.store import BLOCK_BYTES, Row, Rows, blocks
+from fedloom.data.telling import Telling
 from fedloom.data.templates import (
     Layout,
     Rendered,
@@ -49,11 +49,8 @@ from fedloom.data.templates import (
 )
 from fedloom.errors import UserError
 
-logger = logging.getLogger("fedloom")
-
 NO_LOSS = -100
 CHUNK = 1000  # rows per tokenizer call: enough to keep its threads busy, little enough to stay in the cache
-_WORTH_SAYING_SECONDS = 5.0
 
 Shade = Literal["trained", "masked", "cut"]
 
@@ -395,7 +392,8 @@ def _tokenise(
 ) -> dict[str, Any]:
     """Append the tokens of all rows to `columns`; gives the rest of `Tokenised`."""
     maker = _Maker(tokenizer, layout)
-    started = said = time.monotonic()
+    started = time.monotonic()
+    telling = Telling("tokenised", len(rows))
     own_limit = getattr(tokenizer, "model_max_length", None)
     full_lengths = np.zeros(len(rows), dtype=np.int32)
     needed = np.zeros(len(rows), dtype=np.int32)  # the shortest length at which a token of the answer is kept
@@ -450,12 +448,7 @@ def _tokenise(
         total += len(ids)
         kept += len(kept_rows)
         begin += len(some)
-        now = time.monotonic()
-        if now - said > _WORTH_SAYING_SECONDS:
-            said = now
-            logger.info(
-                "tokenised %s of %s rows (%s rows/s)", f"{begin:,}", f"{len(rows):,}", f"{begin / (now - started):,.0f}"
-            )
+        telling.tell(begin)
     if len(rows) and not kept:
         raise _nothing_left(max_length, full_lengths, needed, wholly_cut, maker)
     columns.append(full_lengths=full_lengths, fates=wholly_cut * _WHOLLY_CUT + refused * _REFUSED)

@@ -31,6 +31,7 @@ WITHOUT_EFFECT = (
     "checkpoint.save_rounds",
     "checkpoint.save_total_limit",
     "report_to",
+    "data.cache",
     "project",
 )
 
@@ -42,8 +43,8 @@ SHOWS = (
     *(
         f"study/{name}"
         for name in (
-            "aliases", "compare", "draw", "findings", "foreign", "identity", "load", "page", "pictures", "progress",
-            "report", "statistics", "suite", "trackers/", "tuned",
+            "aliases", "compare", "draw", "findings", "foreign", "identity", "load", "page", "partition", "pictures",
+            "progress", "report", "statistics", "suite", "trackers/", "tuned",
         )
     ),
 )  # fmt: skip

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fedloom.data.catalog import CATALOG
 from fedloom.data.federation import ClientData, Federation
-from fedloom.data.rows import Row, read
+from fedloom.data.rows import Row, as_rows, read
 from fedloom.data.sources import sources_of
 from fedloom.data.templates import layout_for
-from fedloom.data.tokens import Examples, prompt_ids, tokenise
+from fedloom.data.tokens import Examples, prompt_ids, tokenised
 from fedloom.errors import RunError, UserError
 from fedloom.evaluate.generate import Sampling, generate_one
 from fedloom.models.load import Base, load_base, load_tokenizer
@@ -359,10 +359,17 @@ def _only_tests(federation: Federation, recipe: Recipe, data: str) -> Federation
     else:
         same = Path(data).suffix == Path(settings.path).suffix  # other names of columns belong to the run's own files
         source = read(data, columns=settings.columns if same else None, seed=recipe.seed)
-    rows: Sequence[Row] = source.rows
+    rows = source.rows
     if source.natural is not None:
-        rows = [rows[row] for parts in source.natural.values() for row in parts.get("test", ())]
-    done = tokenise(rows, federation.tokenizer, max_length=settings.max_length, chat_template=settings.chat_template)
+        rows = as_rows([rows[row] for parts in source.natural.values() for row in parts.get("test", ())])
+    done = tokenised(
+        rows,
+        federation.tokenizer,
+        max_length=settings.max_length,
+        chat_template=settings.chat_template,
+        cache=settings.cache,
+        name=data,
+    )
     every = Examples(done.tokens, np.arange(len(done.tokens)))
     client = ClientData(Path(data).stem or "all", every[:0], every[:0], every)
     return replace(federation, clients={client.id: client}, rows=rows, task=source.task)

@@ -142,8 +142,8 @@ def test_files_that_are_no_recipe(text: str, part: str) -> None:
         ("server:", "server.kind", "replace"),
         ("data.max_length: 64", "data.max_length", 64),
         ("columns: {input: context}", "data.columns", {"input": "context"}),
-        ("evaluate: {tasks: [a, b], task_paths: {a: x.jsonl}}", "evaluate.task_paths", {"a": "x.jsonl"}),
-        ("tasks: a,b", "evaluate.tasks", ["a", "b"]),
+        ("evaluate: {tasks: [mmlu], task_paths: {mmlu: x}}", "evaluate.task_paths", {"mmlu": "x"}),
+        ("tasks: mmlu,gsm8k", "evaluate.tasks", ["mmlu", "gsm8k"]),
     ],
 )
 def test_values_are_read_by_the_type_of_their_field(line: str, key: str, value: object) -> None:

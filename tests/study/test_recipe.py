@@ -124,6 +124,7 @@ def test_every_method_has_a_line_and_composes() -> None:
         ({"evaluate": {"early_stopping_patience": 2}, "data": {"path": "d", "val_set_size": 0}}, "to stop by"),
         ({"checkpoint": {"export": "best"}, "data": {"path": "d", "val_set_size": 0}}, "export: last"),
         ({"evaluate": {"tasks": ["mmlu", "mmlu"]}}, "mmlu is named twice"),
+        ({"evaluate": {"tasks": ["gsm8k", "mlmu"]}}, "there is no benchmark 'mlmu'; did you mean 'mmlu'?"),
         ({"evaluate": {"task_limit": 5}}, "evaluate.tasks is empty"),
         ({"evaluate": {"task_paths": {"mmlu": "x"}}}, "evaluate.tasks is empty"),
         ({"evaluate": {"tasks": ["gsm8k"], "task_paths": {"mmlu": "x"}}}, "mmlu is none of evaluate.tasks"),

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from fedloom.data.catalog import CATALOG, LOCAL, NamedSet
 from fedloom.errors import suggest
+from fedloom.evaluate.tasks import TASKS, is_task
 
 __all__ = [
     "ADAPTER_DEFAULTS",
@@ -1112,6 +1113,11 @@ def _task_objections(recipe: Recipe) -> Iterator[Objection]:
     twice = sorted({task for task in evaluate.tasks if evaluate.tasks.count(task) > 1})
     if twice:
         yield Objection(("evaluate.tasks",), f"{', '.join(twice)} is named twice")
+    for task in evaluate.tasks:
+        if not is_task(task):
+            yield Objection(
+                ("evaluate.tasks",), f"there is no benchmark {task!r}{suggest(task, TASKS)}: fedloom ls tasks"
+            )
     if not evaluate.tasks:
         given: dict[str, Any] = {
             "task_paths": evaluate.task_paths or None,

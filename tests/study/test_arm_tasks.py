@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedloom.evaluate.tasks.base import Item, Task, Write
-from fedloom.study.arm_tasks import Benchmark, mean_figures, measure, place_of
+from fedloom.study.arm_tasks import Benchmark, mean_figures, measure, merged_counts, place_of
 from fedloom.study.recipe import Recipe
 
 TOY = Task(
@@ -51,7 +51,7 @@ def test_answers_are_made_once_and_those_of_another_model_or_setting_are_not_tak
     figures, left_out, asked = ask(tmp_path, {"round": 1})
     assert figures == {"toy/1": {"share": 0.25, "other": 0.5}} and asked == 4
     assert list(figures["toy/1"]) == ["share", "other"], "what is reported first stands first"
-    assert left_out == {"toy/1": {"too_long": 1}}
+    assert left_out == {"toy/1": {"too long for the model, so wrong": 1}}
     assert ask(tmp_path, {"round": 1}) == (figures, left_out, 0)
     assert ask(tmp_path, {"round": 2})[2] == 4
     assert ask(tmp_path, {"round": 2}, limit=2) == ({"toy/1": {"share": 0.0, "other": 0.5}}, {}, 2)
@@ -69,6 +69,11 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, content: str) -> None:
 def test_before_training_all_arms_are_the_base(tmp_path: Path) -> None:
     assert place_of(tmp_path, "local", 0) == place_of(tmp_path, "base", 0) == tmp_path / "eval" / "base" / "round_00000"
     assert place_of(tmp_path, "local", 12) == tmp_path / "eval" / "local" / "round_00012"
+
+
+def test_what_was_left_out_is_told_once_for_all_models() -> None:
+    several = [{"t": {"long": 2}}, {}, {"t": {"long": 3, "short": 1}, "u": {"long": 1}}]
+    assert merged_counts(several) == {"t": {"long": 3, "short": 1}, "u": {"long": 1}}
 
 
 def test_the_mean_of_models_leaves_out_what_some_lack() -> None:

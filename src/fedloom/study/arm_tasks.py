@@ -24,7 +24,13 @@ from fedloom.evaluate.tasks.run import Answerer, find_task, limited, run_task
 from fedloom.evaluate.tasks.sets import SETS, expanded_names, set_result
 from fedloom.study.recipe import Recipe
 
-__all__ = ["Benchmark", "Figures", "mean_figures", "measure", "open_benchmarks", "place_of"]
+__all__ = ["Benchmark", "Figures", "mean_figures", "measure", "merged_counts", "open_benchmarks", "place_of"]
+
+SAID = {
+    "too_long": "too long for the model, so wrong",
+    "fewer_shots": "asked with fewer shots",
+    "less_room": "less room for the answer",
+}
 
 Figures = dict[str, dict[str, float]]  # task -> metric -> value
 
@@ -140,7 +146,7 @@ def measure(
         first = benchmark.task.metric if benchmark.task.metric in known[0] else next(iter(known[0]))
         figures[name] = {first: known[0][first], **known[0]}  # what is reported first stands first
         if known[1]:
-            left_out[name] = known[1]
+            left_out[name] = {SAID.get(reason, reason): count for reason, count in known[1].items()}
     return figures | _of_sets(recipe, figures), left_out
 
 
@@ -170,6 +176,16 @@ def _known(
         return (head["summary"], {**head["skipped"], **head["notes"]}) if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def merged_counts(several: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    """Task -> reason -> items, of several models: they see the same questions, so the counts are not added."""
+    merged: dict[str, dict[str, int]] = {}
+    for one in several:
+        for task, counts in one.items():
+            own = merged.setdefault(task, {})
+            own.update({reason: max(count, own.get(reason, 0)) for reason, count in counts.items()})
+    return merged
 
 
 def mean_figures(several: Sequence[Figures]) -> Figures:

@@ -27,7 +27,7 @@ from fedloom.rounds import federate, initial_state
 from fedloom.runtimes import batched
 from fedloom.runtimes.cohort import client_model
 from fedloom.study import checkpoint
-from fedloom.study.arm_tasks import Figures, mean_figures, measure, place_of
+from fedloom.study.arm_tasks import Figures, mean_figures, measure, merged_counts, place_of
 from fedloom.study.build import (
     algorithm_of,
     global_pieces,
@@ -461,7 +461,7 @@ class _Runner:
                     part=f".client_{number:04d}",
                 )
                 several.append(own)
-                self.left_out |= left_out
+                self.left_out = merged_counts([self.left_out, left_out])
             figures = mean_figures(several)
         totals.evaluate_seconds += time.perf_counter() - start
         return figures
@@ -678,7 +678,7 @@ class _Runner:
         }
         report = self.session.federation.report
         tasks = {arm: stages[arm]["tasks"] for arm in arms if "tasks" in stages[arm]}
-        left_out = {arm: stages[arm].get("tasks_left_out") or {} for arm in tasks}
+        left_out = merged_counts([stages[arm].get("tasks_left_out") or {} for arm in tasks])
         result = build_result(
             seed=self.recipe.seed,
             arms={arm: stages[arm]["result"] for arm in arms},
@@ -694,7 +694,7 @@ class _Runner:
                 "rows": dict(report.left_out),
                 "answers_cut": report.cut,
                 "client_rounds_failed": {arm: stages[arm]["failed_client_rounds"] for arm in arms},
-                **({"tasks": left_out} if any(left_out.values()) else {}),
+                **({"tasks": left_out} if left_out else {}),
             },
         )
         self.folder.write_result(result)

@@ -37,13 +37,26 @@ def test_gsm8k_recipe_runs_on_a_model_folder_and_the_real_files(
         "dtype=float32",
         "threads=1",
         "per_device_train_batch_size=2",
+        "arms=base,local,federated,global",
+        "evaluate.tasks=gsm8k",
+        "evaluate.task_limit=2",
+        "evaluate.task_clients=1",
     ]
+    monkeypatch.setenv("FEDLOOM_DATA", str(real_path("data")))
     capsys.readouterr()
     assert main(["run", *words, *short, "--format", "json"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert result["arms"]["federated"]["loss"] < result["arms"]["base"]["loss"]
     assert result["data"]["rows_read"] == 120 and "round 2/2 · 3/3 clients" in err
+    assert all(0 <= figures["gsm8k"]["accuracy"] <= 1 for figures in result["tasks"].values())
+    compared = result["equal_samples"]
+    assert compared["samples"] == 2 * 3 * 2
+    assert [compared["arms"][arm]["round"] for arm in ("base", "local", "federated", "global")] == [0, 2, 1, 1]
+    assert compared["arms"]["federated"]["samples"] == 18
+    assert "after equal samples: 12 for each model" in err
+    answers = Path("runs/fed_gsm8k/eval/federated/round_00002/gsm8k.jsonl").read_text().splitlines()
+    assert len(answers) == 1 + 2
     assert main(["generate", "runs/fed_gsm8k", "How many apples?", "--max-new-tokens", "3"]) == 0
 
 

@@ -255,7 +255,7 @@ def run_figures(known: Known) -> list[Figure]:
         figure("score", findings.order_finding(arms, "loss"), about, pictures.score_picture(arms, "loss"))
     training = trained_arms(lines)
     if training:
-        about = "Mean over answer tokens; validation is on rows that no client trains on."
+        about = "Mean over answer tokens. Validation: each client's model on its own rows, which nobody trains on."
         figure("loss", findings.rounds_finding(lines, training), about, pictures.loss_picture(lines, training))
     _round_figures(known, training, figure)
     clients = _clients(arms, measure)
@@ -308,7 +308,7 @@ def _round_figures(known: Known, training: Sequence[str], figure: Any) -> None:
     }
     curves = {arm: points for arm, points in curves.items() if len(points) > 1}
     if curves:
-        about = "On rows that no client trains on; the test sets are kept for the end."
+        about = "Each client's model on its own validation rows, as in own test; the test sets are kept for the end."
         picture = pictures.share_rounds_picture("score-rounds", curves, "score on validation rows")
         figure("score-rounds", findings.value_rounds_finding(curves, "validation score"), about, picture)
     measured = {str(place): line["tasks"] for place, line in enumerate(lines) if line.get("tasks")}

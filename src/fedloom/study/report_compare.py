@@ -339,7 +339,9 @@ def _figures(runs: Mapping[str, Known], measure: str) -> list[Figure]:
         if len(curves) > 1:
             name = "rounds-score" if part else "rounds-loss"
             finding = tied(_rounds_finding(curves, arm or "", part))
-            about = "On rows that no client trains on." + _first_of(len(curves), 8, "have a name and a colour")
+            about = "Each client's model on its own validation rows, which nobody trains on." + _first_of(
+                len(curves), 8, "have a name and a colour"
+            )
             figures.append(Figure(name, finding, about, pictures_many.rounds_picture(name, curves, label, part)))
     points = run_points(runs, measure)
     svg = pictures_many.quality_bytes_picture("bytes", points, what, shares)

@@ -108,6 +108,7 @@ class Cell(TypedDict):
     run: str  # the run folder, from the suite's folder
     status: Literal["waiting", "running", "done", "failed", "stopped"]
     seconds: Amount | None  # of wall-clock time in all its processes; None before it has begun
+    cpu_seconds: NotRequired[Amount]  # of processor time in all its processes; on a shared machine the better measure
     peak_memory_bytes: NotRequired[Count]  # of its process
     reason: NotRequired[str]  # of a failure: the last lines of its log
 

@@ -86,6 +86,7 @@ class Job:
     status: Status = "waiting"
     cached: bool = False  # done before this call
     seconds: float = 0.0  # in processes before this one
+    cpu_seconds: float = 0.0
     peak_memory: int | None = None
     reason: str = ""
     alone: bool = False  # did not fit beside others
@@ -176,6 +177,7 @@ def _jobs(suite: Suite, folder: Path, smoke: bool) -> tuple[dict[str, Job], list
         before = known.get(name)
         if before is not None:
             job.seconds, job.peak_memory = before["seconds"] or 0.0, before.get("peak_memory_bytes")
+            job.cpu_seconds = before.get("cpu_seconds", 0.0)
         if job.finished():
             job.status, job.cached = "done", True
             _from_result(job)
@@ -372,6 +374,7 @@ class _Driver:
         code = os.waitstatus_to_exitcode(status)
         job.process.returncode = code
         job.seconds = job.elapsed
+        job.cpu_seconds += usage.ru_utime + usage.ru_stime
         job.process = None
         peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         others = len(self._running())
@@ -491,6 +494,8 @@ def _cell(cell: SuiteCell, job: Job, folder: Path) -> Cell:
         "status": job.status,
         "seconds": job.elapsed if job.status != "waiting" or job.seconds else None,
     }
+    if job.cpu_seconds:
+        made["cpu_seconds"] = job.cpu_seconds
     if job.peak_memory:
         made["peak_memory_bytes"] = int(job.peak_memory)
     if job.reason:

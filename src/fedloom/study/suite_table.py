@@ -378,6 +378,8 @@ def markdown(suite: SuiteResult) -> str:
     done = sum(cell["status"] == "done" for cell in suite["cells"])
     seeds = ", ".join(map(str, suite["seeds"]))
     state = f"seeds {seeds}; fedloom {suite['fedloom_version']}, {suite['status']}"
+    used = sum({cell["id"]: cell.get("cpu_seconds", 0.0) for cell in suite["cells"]}.values())
+    state += f"; {duration(used)} of processor time" if used else ""
     lines = [f"# {suite['name']}", "", f"{done} of {len(suite['cells'])} runs, {state}.", ""]
     for comparison, title in COMPARISONS.items():
         groups = grouped(suite, comparison)

@@ -304,6 +304,6 @@ def test_a_suite_of_real_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert rows_found["federated", "loss"]["mean"] < rows_found["base", "loss"]["mean"]
     assert rows_found["federated", "loss"]["costs"]["bytes_up"] > 0
     assert found["cells"][0]["peak_memory_bytes"] > 10**8
-    assert 0.5 < found["cells"][0]["cpu_seconds"] and "of processor time" in Path("out/table.md").read_text()
+    assert found["cells"][0]["cpu_seconds"] > 0.5 and "of processor time" in Path("out/table.md").read_text()
     again = suite_run.run_suite(suite)
     assert again["table"] == found["table"] and again["cells"] == found["cells"]

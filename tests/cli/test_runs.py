@@ -195,6 +195,16 @@ def test_eval_on_other_data(fedloom: Callable[..., Said], place: Path) -> None:
     (place / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, out, _ = fedloom("eval", "runs/tiny", "--tasks", "other.jsonl", "--limit", "3", "--score", "none")
     assert code == 0 and "other.jsonl: 7 rows, score: none" in out
+    home = place / "home" / "alpaca-cleaned"
+    home.mkdir(parents=True)
+    (home / "alpaca_data_cleaned.json").write_text(json.dumps(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDLOOM_DATA", str(home.parent))
+        code, out, _ = fedloom("eval", "runs/tiny", "--tasks", "alpaca-cleaned", "--limit", "3", "--score", "none")
+    assert code == 0 and "alpaca-cleaned: 7 rows, score: none" in out
+    (place / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    code, _, err = fedloom("eval", "runs/tiny", "--tasks", "pairs.jsonl")
+    assert code == 2 and "pairs of a chosen and a rejected answer" in err
     code, _, err = fedloom("eval", "runs/tiny", "--tasks", "nowhere.jsonl")
     assert code == 2 and "nowhere.jsonl: no such file" in err
     code, _, err = fedloom("eval", "runs/tiny", "--score", "exacct")

@@ -60,7 +60,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Benchmarks (NAME, NAME=FILE, a set, lm_eval:NAME, lm_eval:FILE.yaml; see `fedloom ls tasks`), or "
-            "for a run other data in place of its own test rows: files, folders, hub ids, builtin:NAME.",
+            "for a run other data in place of its own test rows: files, folders, hub ids, builtin:NAME, named sets.",
             metavar="TASK,...",
             show_default=False,
         ),
@@ -210,6 +210,7 @@ def evaluate(
 
 def _entries(tasks: str | None) -> tuple[list[_Entry], list[str]]:
     """What --tasks names, and the sets among it. A task goes before a file of the same name, and that is said."""
+    from fedloom.data.catalog import CATALOG
     from fedloom.evaluate.tasks import is_task
     from fedloom.evaluate.tasks.sets import SETS, expanded_names
 
@@ -222,7 +223,7 @@ def _entries(tasks: str | None) -> tuple[list[_Entry], list[str]]:
         known = is_task(name) if mark else is_task(word)
         if word in SETS:
             sets.append(word)
-        elif not known and (Path(word).exists() or any(sign in name for sign in "/.:")):
+        elif not known and (word in CATALOG or Path(word).exists() or any(sign in name for sign in "/.:")):
             found.append(_Entry(None, word))
         else:
             if known and not mark and Path(word).exists():

@@ -359,6 +359,12 @@ def _only_tests(federation: Federation, recipe: Recipe, data: str) -> Federation
     else:
         same = Path(data).suffix == Path(settings.path).suffix  # other names of columns belong to the run's own files
         source = read(data, columns=settings.columns if same else None, seed=recipe.seed)
+    if source.kind == "preference":
+        raise UserError(
+            f"{data}: pairs of a chosen and a rejected answer; what is measured here are answers to imitate",
+            hint="data in another form; a run's own recipe may name one column: data.columns.completion=chosen",
+            code="data.preference",
+        )
     rows = source.rows
     if source.natural is not None:
         rows = as_rows([rows[row] for parts in source.natural.values() for row in parts.get("test", ())])

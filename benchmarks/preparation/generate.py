@@ -27,21 +27,29 @@ def words() -> tuple[list[str], np.ndarray]:
     return list(counts), np.asarray(list(counts.values()), dtype=np.float64)
 
 
-def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Endless rows: lengths are lognormal, words as frequent as in English."""
+def bodies(seed: int = 0, number: int = 20_000) -> list[tuple[str, str, str, str]]:
+    """(instruction, input, output, category): lengths are lognormal, words as frequent as in English."""
     rng = np.random.Generator(np.random.PCG64(seed))
     known, weights = words()
     lexicon = np.asarray(known, dtype=object)
     edges = np.cumsum(weights / weights.sum())
-    for number in itertools.count():
+    found = []
+    for _ in range(number):
         sizes = np.clip(rng.lognormal((2.3, 2.0, 4.6), (0.5, 1.0, 0.7)), 1, 4000).astype(int)
         drawn = lexicon[np.searchsorted(edges, rng.random(int(sizes.sum())))]
         instruction, given, output = (" ".join(part) for part in np.split(drawn, np.cumsum(sizes)[:-1]))
+        found.append((instruction, given, output, CATEGORIES[int(rng.integers(len(CATEGORIES)))]))
+    return found
+
+
+def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Endless rows. Bodies come again after 20,000 rows, with another number in the instruction: no two are equal."""
+    for number, (instruction, given, output, category) in enumerate(itertools.cycle(bodies(seed))):
         yield {
             "instruction": f"{instruction} ({number})",
             "input": given if number % 3 == 0 else "",
             "output": f"{output}.",
-            "category": CATEGORIES[int(rng.integers(len(CATEGORIES)))],
+            "category": category,
             "source": f"synthetic-{number % 97}",
         }
 

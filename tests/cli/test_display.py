@@ -286,6 +286,12 @@ def test_both_comparisons_are_printed_with_the_samples_that_a_model_saw() -> Non
     print_result(with_everything(), Path("x"), console)
     text = file.getvalue()
     first, second = text.split("after equal samples: 120 for each model")
+    assert "at the end of each arm" in first, "one has stopped early"
+    same = with_everything()
+    same["outcomes"]["federated"]["rounds"] = 10
+    console, file = plain()
+    print_result(same, Path("x"), console)
+    assert "after equal rounds" in file.getvalue()
     row = next(line.split() for line in first.splitlines() if line.strip().startswith("federated"))
     assert " ".join(row) == "federated 85.0 % 63.7 % 42.5 % 21.2 12.5 % 0.750 480 230 kB 240 kB 31.2 s 1.5e+12 32k"
     assert next(line.split() for line in first.splitlines() if line.strip().startswith("local"))[10] == "120"

@@ -333,7 +333,8 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
     compared = result.get("equal_samples")
     console.print()
     if compared:
-        console.print(Text("after equal rounds", style="bold"))
+        ended = {one["rounds"] for one in (result.get("outcomes") or {}).values()}
+        console.print(Text("after equal rounds" if len(ended) <= 1 else "at the end of each arm", style="bold"))
     _print_table(console, lambda width: result_table(result, width))
     if compared:
         console.print()

@@ -476,9 +476,11 @@ class _Runner:
         patience = settings.early_stopping_patience
         if patience is not None and totals.best.waited >= patience and round < self.recipe.rounds:
             totals.stopped_early = True
+            by = settings.early_stopping_threshold
             self.display.message(
-                f"{arm}: stopped after round {round}: {self.best_by} was no better than that of round "
-                f"{totals.best.round} for {totals.best.waited} evaluations"
+                f"{arm}: stopped early after round {round}: {self.best_by} was not better"
+                + (f" by more than {by:g}" if by else "")
+                + f" for {totals.best.waited} evaluations; the best state is that after round {totals.best.round}"
             )
         return best
 

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from fedloom.adapters.lora import lora
+from fedloom.data.templates import alpaca_prompt
 from fedloom.errors import RunError, UserError
 from fedloom.evaluate import harness
 from fedloom.evaluate.harness import Known
@@ -69,7 +71,12 @@ metric_list:
 @pytest.fixture(scope="module")
 def base() -> Base:
     text = [str(one) for one in QUESTIONS] + STORIES
-    return random_base(hidden_size=32, num_layers=2, vocab_size=320, max_positions=256, text=text, seed=3)
+    made = random_base(hidden_size=32, num_layers=2, vocab_size=320, max_positions=256, text=text, seed=3)
+    first = made.tokenizer.bos_token  # as most tokenizers of large models begin a text
+    made.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, made.tokenizer.bos_token_id)]
+    )
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -173,15 +180,20 @@ def test_our_own_multiple_choice_says_the_same_of_the_same_items(folder: Path, a
 def test_texts_are_those_of_the_harness_and_of_our_own_writing(
     folder: Path, answerer: ModelAnswerer, reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    free = [text.strip() for (text,) in answerer.write([Write(one["question"], 24) for one in QUESTIONS])]
+    ends = (free[0][5:7], free[1][9])
+    (folder / "letters.yaml").write_text(WRITING.replace('["e", "\\n"]', json.dumps(ends)))
     _, lines = measured(folder / "letters.yaml", answerer)
     monkeypatch.chdir(folder)
     texts = [line["answers"][0] for line in lines]
     assert texts == [sample["resps"][0][0] for sample in reference(folder / "letters.yaml")]
-    own = answerer.write([Write(one["question"], 24, ("e", "\n")) for one in QUESTIONS])
+    own = answerer.write([Write(one["question"], 24, ends) for one in QUESTIONS])
     assert [text.strip() for (text,) in own] == [text.strip() for text in texts]
-    assert len(set(texts)) > 3 and not any("e" in text for text in texts)
-    [short] = {line["answers"][0] for line in measured(folder / "letters.yaml", answerer, limit=1, max_new_tokens=2)[1]}
-    assert texts[0].startswith(short) and len(short) < len(texts[0])
+    assert len(set(texts)) > 3 and len(texts[0]) < len(free[0])
+    assert not any(end in text for text in texts for end in ends)
+    [short] = [line["answers"][0] for line in measured(folder / "letters.yaml", answerer, limit=1, max_new_tokens=2)[1]]
+    [(own_short,)] = answerer.write([Write(QUESTIONS[0]["question"], 2, ends)])
+    assert short.strip() == own_short.strip() != texts[0]
 
 
 def test_rolling_loglikelihoods_are_the_loss_of_the_whole_text(
@@ -191,7 +203,7 @@ def test_rolling_loglikelihoods_are_the_loss_of_the_whole_text(
     monkeypatch.chdir(folder)
     found = [line["answers"][0] for line in lines]
     assert found == pytest.approx([sample["resps"][0][0] for sample in reference(folder / "stories.yaml")], rel=1e-5)
-    ids = [base.tokenizer.bos_token_id, *base.tokenizer(STORIES[0])["input_ids"]]
+    ids = [base.tokenizer.bos_token_id, *base.tokenizer(STORIES[0])["input_ids"]]  # the harness has the first twice
     adapter, tree = tuned
     batch = {"input_ids": torch.tensor([[ids]]), "labels": torch.tensor([[[-100, *ids[1:]]]])}
     nll, tokens = adapter.nll({k: v[None] for k, v in tree.items()}, batch)
@@ -226,8 +238,9 @@ def test_what_does_not_fit_is_cut_on_the_left_and_counted_or_refused(
     wanted = [nats for [(nats, _)] in reference(folder / "sums.yaml")[1]["resps"]]
     assert [nats for nats, _ in lines[1]["answers"]] == pytest.approx(wanted, abs=1e-4)
     assert result.notes == {"cut_on_the_left": 1}
-    result, _ = measured(folder / "letters.yaml", answerer)
+    result, lines = measured(folder / "letters.yaml", answerer)
     assert result.notes == {"cut_on_the_left": 1}
+    assert lines[1]["answers"] == [reference(folder / "letters.yaml")[1]["resps"][0][0]] != [""]
     with pytest.raises(UserError, match=r"256 positions") as caught:
         measured(folder / "letters.yaml", answerer, max_new_tokens=256)
     assert "--max-new-tokens 64" in caught.value.hint
@@ -257,6 +270,7 @@ def test_it_says_nothing_and_leaves_no_trace(
 ) -> None:
     import datasets
 
+    random.seed(7), np.random.seed(7)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     original, bars = datasets.load_dataset, datasets.are_progress_bars_disabled()
     capfd.readouterr()
@@ -266,24 +280,34 @@ def test_it_says_nothing_and_leaves_no_trace(
     assert datasets.load_dataset is original and datasets.are_progress_bars_disabled() == bars
 
 
-def test_a_chat_template_is_applied_when_asked_for(folder: Path, base: Base, tuned: Any) -> None:
+def test_questions_are_laid_out_as_in_training_when_asked_for(
+    folder: Path, base: Base, answerer: ModelAnswerer
+) -> None:
     from fedloom.evaluate.harness_model import HarnessModel
 
-    tokenizer = base.tokenizer
-    plain = answerer_of(*tuned, tokenizer, batch_size=4)
-    with pytest.raises(UserError, match="no chat template"):
-        measured(folder / "letters.yaml", plain, extra={"apply_chat_template": "true"})
+    asked = {"apply_chat_template": "true"}
     with pytest.raises(UserError, match="must be true or false"):
-        measured(folder / "letters.yaml", plain, extra={"apply_chat_template": "perhaps"})
-    turns = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
-    tokenizer.chat_template = "{{ bos_token }}" + turns + "[assistant]"
+        measured(folder / "letters.yaml", answerer, extra={"apply_chat_template": "perhaps"})
+    rows = [{"kind": "alpaca", "instruction": one["question"], "input": "", "output": ""} for one in QUESTIONS]
+    result, lines = measured(folder / "letters.yaml", answerer, extra=asked)
+    assert [line["prompt"] for line in lines] == [alpaca_prompt(str(one["question"])) for one in QUESTIONS]
+    own = answerer.write([Write(row, 24, ("e", "\n")) for row in rows])
+    assert [text.strip() for (text,) in own] == [line["answers"][0].strip() for line in lines]
+    assert [line["answers"] for line in lines] != [
+        line["answers"] for line in measured(folder / "letters.yaml", answerer)[1]
+    ]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    told = HarnessModel(answerer).apply_chat_template(turns)
+    assert told.startswith(alpaca_prompt("a") + "b</s>\n\n### Instruction:\nc") and told.endswith("### Response:\n")
+    assert rescore(result.file).summary == result.summary
+    tokenizer = base.tokenizer
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[answer]"
     try:
-        result, lines = measured(folder / "letters.yaml", plain, extra={"apply_chat_template": "true"})
-        assert lines[0]["prompt"] == f"<s>[user] {QUESTIONS[0]['question']}[assistant]"
-        model = HarnessModel(plain)
-        with_template, without = model.tok_encode("<s>hello"), model.tok_encode("hello")
+        result, lines = measured(folder / "letters.yaml", answerer, extra=asked)
+        assert lines[0]["prompt"] == f"<s>[user] {QUESTIONS[0]['question']}[answer]"
+        with_template = HarnessModel(answerer).tok_encode("<s>hello")  # the first token is there already
         assert with_template.count(tokenizer.bos_token_id) == 1 and with_template[0] == tokenizer.bos_token_id
-        assert without == list(tokenizer("hello")["input_ids"])
+        assert HarnessModel(answerer).tok_encode("hello") == list(tokenizer("hello")["input_ids"])
     finally:
         tokenizer.chat_template = None
     assert rescore(result.file).summary == result.summary  # the template is not there any more
@@ -392,6 +416,11 @@ def test_names_that_are_no_single_task_say_what_to_do(tmp_path: Path, monkeypatc
 
 
 def test_a_task_that_fails_in_the_harness_is_named(folder: Path, answerer: ModelAnswerer) -> None:
+    (folder / "programs.yaml").write_text(WRITING.replace("letters", "programs") + "unsafe_code: true\n")
+    (folder / "all.yaml").write_text("group: all\ntask: [programs]\n")
+    for name in ("programs", "all"):
+        with pytest.raises(UserError, match=r"lm_eval:.*programs.* without a sandbox"):
+            measured(folder / f"{name}.yaml", answerer)
     (folder / "broken.yaml").write_text(CHOICES.replace("test_split: test", "test_split: nowhere"))
     with pytest.raises(RunError, match=r"broken.yaml failed in the harness: KeyError"):
         measured(folder / "broken.yaml", answerer)

@@ -244,9 +244,10 @@ def _optional(entry: _Entry, reasons: dict[str, str]) -> Iterator[None]:
     except FedloomError as error:
         if not entry.optional:
             raise
-        reasons[str(entry.task)] = error.message
+        reason = error.message.removeprefix(f"{entry.task}: ")
+        reasons[str(entry.task)] = reason
         hint = f"\n  {error.hint}" if error.hint else ""
-        say(f"note: {entry.task} is left out: {error.message}{hint}")
+        say(f"note: {entry.task} is left out: {reason}{hint}")
 
 
 def _pairs(words: Sequence[str] | None) -> dict[str, str]:

@@ -16,6 +16,7 @@ from lm_eval.api.model import LM, TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from fedloom.data.templates import layout_for, pieces_of
 from fedloom.errors import UserError
 from fedloom.evaluate.generate import Sampling, decode
 from fedloom.evaluate.loglikelihood import Continuation
@@ -71,14 +72,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
+        """The layout of training: the tokenizer's own template, or the Alpaca layout."""
+        if layout_for(self.tokenizer, self.answerer.chat_template) == "tokenizer":
+            return str(
+                self.tokenizer.apply_chat_template(
+                    chat_history,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
             )
-        )
+        *turns, last = pieces_of({"kind": "chat", "messages": chat_history})  # the last one is to be gone on from
+        return "".join(one.text + (self.tokenizer.eos_token if one.ends else "") for one in turns) + last.text
 
     # ---- what the harness asks ---------------------------------------------------------------------------------------
 

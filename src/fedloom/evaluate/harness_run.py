@@ -72,6 +72,7 @@ class Loaded:
             RunError: the harness failed.
         """
         check_settings(PREFIX + name, settings, "num_fewshot", "max_new_tokens", extra=("apply_chat_template",))
+        _wants_template(settings)
         path = Path(name).expanduser() if is_path(name) else None
         with _quiet(), _own_randomness(settings.seed), _explained(PREFIX + name):
             manager, spec = (_all_tasks(), name) if path is None else _beside(path)
@@ -110,7 +111,7 @@ def run_harness(
         raise TypeError("the harness asks about tokens, which only a model's own answerer knows")
     started = time.perf_counter()
     settings = loaded.settings
-    templated = _wants_template(settings, answerer.tokenizer)
+    templated = _wants_template(settings)
     model = HarnessModel(answerer, max_new_tokens=settings.max_new_tokens, seed=settings.seed)
     found = _evaluated(loaded, model, templated)
     result = _result(loaded, found["results"])
@@ -232,16 +233,12 @@ def _prepare(name: str, task: Any, settings: TaskSettings) -> None:
         task.set_config(key="num_fewshot", value=wanted or 0)
 
 
-def _wants_template(settings: TaskSettings, tokenizer: Any) -> bool:
-    said = settings.extra.get("apply_chat_template", False)
-    if str(said).lower() not in ("true", "false"):
-        raise UserError(f"apply_chat_template is {said!r}, must be true or false", code="task.settings")
-    wanted = str(said).lower() == "true"
-    if wanted and not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            "apply_chat_template: the tokenizer has no chat template", "leave the setting out", "task.settings"
-        )
-    return wanted
+def _wants_template(settings: TaskSettings) -> bool:
+    """Whether questions are laid out as in training; by default they are raw text, as in the harness."""
+    said = str(settings.extra.get("apply_chat_template", False)).lower()
+    if said not in ("true", "false"):
+        raise UserError(f"apply_chat_template is {said}, must be true or false", code="task.settings")
+    return said == "true"
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

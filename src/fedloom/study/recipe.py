@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from fedloom.data.catalog import CATALOG, LOCAL, NamedSet
 from fedloom.errors import suggest
-from fedloom.evaluate.tasks import TASKS, is_task
+from fedloom.evaluate.tasks import TASKS
+from fedloom.evaluate.tasks.sets import SETS, names_tasks
 
 __all__ = [
     "ADAPTER_DEFAULTS",
@@ -1114,10 +1115,9 @@ def _task_objections(recipe: Recipe) -> Iterator[Objection]:
     if twice:
         yield Objection(("evaluate.tasks",), f"{', '.join(twice)} is named twice")
     for task in evaluate.tasks:
-        if not is_task(task):
-            yield Objection(
-                ("evaluate.tasks",), f"there is no benchmark {task!r}{suggest(task, TASKS)}: fedloom ls tasks"
-            )
+        if not names_tasks(task):
+            near = suggest(task, [*TASKS, *SETS])
+            yield Objection(("evaluate.tasks",), f"there is no benchmark {task!r}{near}: fedloom ls tasks")
     if not evaluate.tasks:
         given: dict[str, Any] = {
             "task_paths": evaluate.task_paths or None,

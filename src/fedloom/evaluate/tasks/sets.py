@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fedloom.evaluate.harness import PREFIX, expanded, is_known
-from fedloom.evaluate.tasks import TASKS
+from fedloom.evaluate.tasks import TASKS, is_task
 
-__all__ = ["SETS", "Scenario", "SetResult", "SetRow", "expanded_names", "set_result", "tasks_of"]
+__all__ = ["SETS", "Scenario", "SetResult", "SetRow", "expanded_names", "names_tasks", "set_result", "tasks_of"]
 
 
 class Scenario(NamedTuple):
@@ -95,6 +95,11 @@ SETS: Mapping[str, tuple[Scenario, ...]] = {
 def tasks_of(name: str) -> list[str]:
     """The tasks of a set."""
     return [one.task for one in SETS[name] if one.task is not None]
+
+
+def names_tasks(name: str) -> bool:
+    """Whether a name is a task's, a set's, or one that the harness knows."""
+    return name in SETS or is_task(name) or is_known(name)
 
 
 def expanded_names(names: Iterable[str]) -> list[str]:

@@ -81,7 +81,7 @@ def page(results: dict[str, Any]) -> str:
             f"{one['rows']:,}",
             f"{one['tokens']:,}",
             *(f"{value / MIB:,.0f}" for value in (one["before_bytes"], one["peak_bytes"], grown)),
-            *(f"{value:,.0f}" for value in (one["seconds"], one["parts"]["read"], one["cpu_seconds"])),
+            *(f"{value:,.0f}" for value in (one["seconds"], one["parts"]["sources_of"], one["cpu_seconds"])),
             f"{one['tokens'] / one['cpu_seconds']:,.0f}",
             f"{run['load']:.1f}",
         ]

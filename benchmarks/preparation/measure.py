@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from fedloom.data import federation, rows, tokens
+from fedloom.data import federation
 from fedloom.data.federation import prepare
 from fedloom.study.recipe import DataRecipe, SplitRecipe
 
@@ -52,7 +52,7 @@ def main(path: str, kind: str, clients: int) -> None:
     tokenizer = make_tokenizer()
     tokenizer("warm")
     seconds: dict[str, float] = {}
-    for module, name in ((rows, "_gather"), (tokens, "_tokenise"), (federation, "read"), (federation, "tokenised")):
+    for module, name in ((federation, "sources_of"), (federation, "tokenised")):
         timed(module, name, seconds)
     gc.collect()
     before = memory("VmRSS")

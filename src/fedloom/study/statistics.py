@@ -102,7 +102,8 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 def t_cdf(t: float, freedom: int) -> float:
     """P(T <= t) of Student's t with this many degrees of freedom."""
-    tail = 0.5 * _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
+    whole = freedom + t * t
+    tail = 0.5 * _incomplete_beta(freedom / 2, 0.5, freedom / whole, t * t / whole)
     return tail if t < 0 else 1 - tail
 
 
@@ -125,13 +126,16 @@ def t_quantile(probability: float, freedom: int) -> float:
     return high
 
 
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularised incomplete beta function, by its continued fraction (Abramowitz and Stegun 26.5.8)."""
-    if x <= 0.0 or x >= 1.0:
-        return float(x >= 1.0)
+def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
+    """The regularised incomplete beta function at x, by its continued fraction (Abramowitz and Stegun 26.5.8).
+
+    `y` is 1 - x, given apart because it may have digits that the difference would lose.
+    """
+    if x <= 0.0 or y <= 0.0:
+        return float(y <= 0.0)
     if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly, its mirror image does not
-        return 1 - _incomplete_beta(b, a, 1 - x)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
+        return 1 - _incomplete_beta(b, a, y, x)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(y)) / a
     tiny = 1e-300
     c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1) or tiny)
     value = d

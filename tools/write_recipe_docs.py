@@ -15,22 +15,17 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from fedloom.study.aliases import REFUSED, SAID, SAME, SAME_VALUES
-from fedloom.study.recipe import (
-    BLOCKS,
-    METHOD_LINES,
-    METHODS,
-    SERVER_OPTIM_DEFAULTS,
-    Recipe,
-    json_schema,
-    yaml_value,
-)
+from fedloom.study.methods import METHOD_LINES, METHODS
+from fedloom.study.recipe import BLOCKS, Recipe, json_schema
+from fedloom.study.settings import SERVER_OPTIM_DEFAULTS
 from fedloom.study.suite import suite_schema
+from fedloom.study.yaml_text import yaml_value
 
 ROOT = Path(__file__).resolve().parent.parent
 
 INTRODUCTION = """# The recipe
 
-Written by `tools/write_recipe_docs.py` from the models in `src/fedloom/study/recipe.py`; change those.
+Written by `tools/write_recipe_docs.py` from the models in `src/fedloom/study/blocks.py` and `recipe.py`; change those.
 
 A recipe is a YAML file. Everything but `model`, `data.path` and one of `local_steps` and `local_epochs` has a default;
 `fedloom cat RECIPE` prints a recipe with all of them, `fedloom validate RECIPE` says everything that is wrong with it

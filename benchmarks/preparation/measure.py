@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedloom.data import federation
 from fedloom.data.federation import prepare
-from fedloom.study.recipe import DataRecipe, SplitRecipe
+from fedloom.study.blocks import DataRecipe, SplitRecipe
 
 
 def memory(name: str) -> int:

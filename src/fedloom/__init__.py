@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dropout, with_ranks
     from fedloom.seeds import seed_of
     from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, optimize, replace
-    from fedloom.study.recipe import DataRecipe, Recipe, SplitRecipe, load_recipe
+    from fedloom.study.blocks import DataRecipe, SplitRecipe
+    from fedloom.study.recipe import Recipe, load_recipe
     from fedloom.study.run import run_recipe
     from fedloom.types import (
         Adapter,

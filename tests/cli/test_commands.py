@@ -13,7 +13,7 @@ from fedloom.cli import app as application
 from fedloom.cli import main
 from fedloom.errors import RefusedByPolicy, RunError, TimeoutOrTooFewClients
 from fedloom.study.load import packaged_recipes, packaged_suites, read_recipe
-from fedloom.study.recipe import METHODS
+from fedloom.study.methods import METHODS
 
 GOOD = "model: m\ndata: {path: d.jsonl}\nlocal_steps: 4\n"
 HELP = "from fedloom.cli import main; main(['--help'])"

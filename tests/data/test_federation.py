@@ -435,7 +435,7 @@ def test_a_thousand_clients_share_one_store(tmp_path: Path) -> None:
 
 def test_settings_of_the_recipe_itself_fit(path: str) -> None:
     """The recipe's own models are what `prepare` takes."""
-    from fedloom.study.recipe import DataRecipe, SplitRecipe
+    from fedloom.study.blocks import DataRecipe, SplitRecipe
 
     federation = prepare(DataRecipe(path=path), SplitRecipe(clients=3), PLAIN, 0)
     assert len(federation.clients) == 3 and held(federation, "validation") and held(federation, "test")

@@ -17,7 +17,8 @@ from fedloom.data.federation import PARTS, Federation
 from fedloom.data.pair_batches import Pairs
 from fedloom.data.sources import find_files, sources_of, state_of
 from fedloom.data.tokens import NO_LOSS, pad_id_of
-from fedloom.study.recipe import DataRecipe, Recipe
+from fedloom.study.blocks import DataRecipe
+from fedloom.study.recipe import Recipe
 
 Find = Callable[[str], Path]
 CATEGORIES = [

@@ -8,7 +8,8 @@ import pytest
 from fedloom.errors import UserError
 from fedloom.study.aliases import REFUSED, SAID, SAME, SAME_VALUES
 from fedloom.study.load import RecipeError, find_key, read_recipe, split_words, validate_text
-from fedloom.study.recipe import BLOCKS, METHODS, Recipe
+from fedloom.study.methods import METHODS
+from fedloom.study.recipe import BLOCKS, Recipe
 
 TOP = [name for name in Recipe.model_fields if name not in BLOCKS]
 ARMS = ("base", "local", "federated", "global")

@@ -11,8 +11,11 @@ from pydantic import ValidationError
 from tools.write_recipe_docs import document, schema_text
 
 from fedloom.errors import UserError
+from fedloom.study.blocks import DataRecipe
 from fedloom.study.load import find_key, packaged_recipes, read_recipe, validate_text
-from fedloom.study.recipe import BLOCKS, METHOD_LINES, METHODS, DataRecipe, Recipe, resolved_yaml, yaml_value
+from fedloom.study.methods import METHOD_LINES, METHODS
+from fedloom.study.recipe import BLOCKS, Recipe, resolved_yaml
+from fedloom.study.yaml_text import yaml_value
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -353,7 +356,8 @@ def test_kinds_of_adapters_and_lora_methods_refuse_what_has_no_effect(words, sai
 
 
 def test_each_kind_of_adapter_has_its_own_settings_and_no_others():
-    from fedloom.study.recipe import ADAPTER_DEFAULTS, resolved_json
+    from fedloom.study.recipe import resolved_json
+    from fedloom.study.settings import ADAPTER_DEFAULTS
 
     for kind, settings in ADAPTER_DEFAULTS.items():
         recipe, _ = validate_text("model: builtin\nlocal_steps: 1\n", [f"adapter.kind={kind}"])

@@ -66,7 +66,7 @@ def _show(found: Compared) -> None:
 
 
 def _value(value: Any) -> str:
-    from fedloom.study.recipe import yaml_value
+    from fedloom.study.yaml_text import yaml_value
 
     return "–" if value is None else value if isinstance(value, str) else yaml_value(value)
 

@@ -96,7 +96,7 @@ def _name_of(data: str) -> str:
 
 def _translated(source: Path, data: str | None, model: str | None) -> tuple[str, list[str]]:
     from fedloom.study.foreign import translate
-    from fedloom.study.recipe import yaml_value
+    from fedloom.study.yaml_text import yaml_value
 
     translated = translate(source)
     text = translated.text
@@ -163,7 +163,7 @@ def _named(data: str, model: str, name: str, overrides: Sequence[Override]) -> t
     """A recipe for a set of the catalogue, which brings its columns, its split and perhaps its test rows."""
     from fedloom.data.catalog import find_set
     from fedloom.data.sources import sources_of
-    from fedloom.study.recipe import DataRecipe
+    from fedloom.study.blocks import DataRecipe
 
     copy = next((override.value for override in overrides if override.key in ("data.path", "path")), "")
     settings = DataRecipe(name=data, path=copy)
@@ -206,7 +206,7 @@ def recipe_for(
         tests: a file of test rows beside the others, which `source` leaves out.
         named: the set of the catalogue that `data` is the name of, and `own_tests` its number of test rows.
     """
-    from fedloom.study.recipe import yaml_value
+    from fedloom.study.yaml_text import yaml_value
 
     builtin = data.startswith("builtin:")
     categories = Counter(source.rows.counts("category"))
@@ -309,7 +309,7 @@ def _split(source: Source, categories: Counter[str], builtin: bool) -> tuple[lis
 
 def _split_of(named: NamedSet, categories: Counter[str]) -> tuple[list[str], int]:
     """The split that belongs to a named set, and about how many clients it makes."""
-    from fedloom.study.recipe import yaml_value
+    from fedloom.study.yaml_text import yaml_value
 
     kind, *others = named.split.items()
     lines = ["split:", f"  kind: {kind[1]}".ljust(32) + f"# the set's own: fedloom ls data {named.name}"]

@@ -146,7 +146,7 @@ def _recipe_or_data(words: Sequence[str] | None) -> Loaded:
     from fedloom.data.catalog import CATALOG
     from fedloom.data.rows import files_of, read
     from fedloom.study.load import Loaded, packaged_recipes, split_words, validate_text
-    from fedloom.study.recipe import yaml_value
+    from fedloom.study.yaml_text import yaml_value
 
     overrides, rest = split_words(words or [])
     names = [word for word in rest if not word.startswith("-")]

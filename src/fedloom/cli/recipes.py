@@ -118,7 +118,7 @@ def _about(path: Path) -> dict[str, str]:
 
 
 def _methods() -> list[dict[str, Any]]:
-    from fedloom.study.recipe import METHOD_LINES
+    from fedloom.study.methods import METHOD_LINES
 
     return [{"name": name, "about": line} for name, line in METHOD_LINES.items()]
 

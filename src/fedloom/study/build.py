@@ -24,7 +24,8 @@ from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dro
 from fedloom.runtimes import payload as sides
 from fedloom.seeds import seed_of
 from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, replace
-from fedloom.study.recipe import AdapterRecipe, ClientRecipe, CompressRecipe, Recipe, ServerRecipe
+from fedloom.study.blocks import AdapterRecipe, ClientRecipe, CompressRecipe, ServerRecipe
+from fedloom.study.recipe import Recipe
 from fedloom.types import (
     Adapter,
     Aggregate,

@@ -14,7 +14,7 @@ from fedloom.errors import RunError, suggest
 from fedloom.evaluate.loss import add_metrics, mean_loss
 from fedloom.evaluate.scores import mean_score
 from fedloom.study.measure import summary
-from fedloom.study.recipe import BEST_BY
+from fedloom.study.settings import BEST_BY
 from fedloom.types import Metrics
 
 __all__ = ["LAST", "Best", "larger_is_better", "value_of"]

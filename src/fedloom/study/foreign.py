@@ -15,7 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedloom.errors import UserError
 from fedloom.study.aliases import SAME_VALUES
-from fedloom.study.recipe import BLOCKS, CLIENT_OPTIM_DEFAULTS, Recipe, yaml_value
+from fedloom.study.recipe import BLOCKS, Recipe
+from fedloom.study.settings import CLIENT_OPTIM_DEFAULTS
+from fedloom.study.yaml_text import yaml_value
 
 __all__ = ["Translated", "translate"]
 

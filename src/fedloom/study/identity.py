@@ -43,8 +43,8 @@ SHOWS = (
     *(
         f"study/{name}"
         for name in (
-            "aliases", "compare", "draw", "findings", "foreign", "identity", "load", "page", "partition", "pictures",
-            "progress", "report", "statistics", "suite", "trackers/", "tuned",
+            "aliases", "compare", "draw", "findings", "foreign", "identity", "load", "objections", "page", "partition",
+            "pictures", "progress", "report", "statistics", "suite", "trackers/", "tuned", "yaml_text",
         )
     ),
 )  # fmt: skip

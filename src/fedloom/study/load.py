@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from fedloom.errors import UserError
 from fedloom.study.aliases import REFUSED, SAID, SAME, SAME_VALUES
-from fedloom.study.recipe import BLOCKS, Recipe, objections
+from fedloom.study.objections import objections
+from fedloom.study.recipe import BLOCKS, Recipe
 
 __all__ = [
     "Extra",

@@ -15,8 +15,9 @@ from fedloom.data.federation import Federation
 from fedloom.data.tokens import pad_id_of
 from fedloom.evaluate.loss import add_metrics, loss_evaluation, mean_loss
 from fedloom.evaluate.scores import Scored, auto_score, mean_score, score_evaluation
-from fedloom.study.recipe import BEST_BY, Recipe
+from fedloom.study.recipe import Recipe
 from fedloom.study.result import ArmResult, Scores, scores
+from fedloom.study.settings import BEST_BY
 from fedloom.types import Adapter, Client, Evaluation, Metrics, Tree
 
 DEFAULT_NEW_TOKENS = 256

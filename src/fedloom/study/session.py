@@ -36,7 +36,8 @@ from fedloom.study.costs import peak_memory_bytes
 from fedloom.study.folder import temporary_beside
 from fedloom.study.measure import Measures, OnScored, measures, score_of
 from fedloom.study.progress import amount, byte_text, duration
-from fedloom.study.recipe import BEST_BY, Recipe
+from fedloom.study.recipe import Recipe
+from fedloom.study.settings import BEST_BY
 from fedloom.types import Adapter, Client, Site
 
 SMOKE_CLIENTS, SMOKE_ROWS, SMOKE_STEPS, SMOKE_ITEMS = 2, 8, 2, 2

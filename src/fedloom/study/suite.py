@@ -48,8 +48,9 @@ from fedloom.study.load import (
     split_words,
     validate_text,
 )
-from fedloom.study.recipe import BLOCKS, Recipe, yaml_value
+from fedloom.study.recipe import BLOCKS, Recipe
 from fedloom.study.suite_result import METRICS
+from fedloom.study.yaml_text import yaml_value
 
 __all__ = [
     "Axis",

@@ -27,11 +27,12 @@ from fedloom.models.load import Base, load_base, load_tokenizer
 from fedloom.rounds import initial_state
 from fedloom.runtimes import batched
 from fedloom.study import checkpoint as checkpoints
+from fedloom.study.blocks import AdapterRecipe, DataRecipe
 from fedloom.study.build import adapter_of, algorithm_of, width_of
 from fedloom.study.folder import RunFolder, find_runs, full_disk_explained, temporary_beside
 from fedloom.study.load import read_recipe
 from fedloom.study.measure import DEFAULT_NEW_TOKENS, measures, one_model
-from fedloom.study.recipe import AdapterRecipe, DataRecipe, Recipe
+from fedloom.study.recipe import Recipe
 from fedloom.study.result import ArmResult
 from fedloom.study.session import device_name, open_session
 from fedloom.types import Adapter, Client, State, Tree

@@ -1,0 +1,427 @@
+"""Every reason why values of a recipe that are right by themselves do not go together. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fedloom.data.catalog import CATALOG, LOCAL
+from fedloom.errors import suggest
+from fedloom.evaluate.tasks import TASKS
+from fedloom.evaluate.tasks.sets import SETS, names_tasks
+from fedloom.study.settings import (
+    ADAPTER_DEFAULTS,
+    BEST_BY,
+    CLIENT_OPTIM_DEFAULTS,
+    COMPRESS_DEFAULTS,
+    COMPRESS_ORDER,
+    DEFAULT_VAL_SHARE,
+    LOSSY,
+    SERVER_OPTIM_DEFAULTS,
+)
+from fedloom.study.yaml_text import yaml_value
+
+if TYPE_CHECKING:
+    from fedloom.study.recipe import Recipe
+
+__all__ = ["Objection", "is_builtin", "objections"]
+
+
+def is_builtin(path: object) -> bool:
+    return isinstance(path, str) and path.startswith("builtin:")
+
+
+class Objection(NamedTuple):
+    """One reason why values that are right by themselves do not go together."""
+
+    keys: tuple[str, ...]  # dotted; the first is the one to look at, all must be sound for the reason to hold
+    message: str
+
+
+def objections(recipe: Recipe) -> Iterator[Objection]:
+    """Every reason why the recipe's parts do not go together, found without data and without the model."""
+    yield from _data_objections(recipe)
+    yield from _split_objections(recipe)
+    yield from _training_objections(recipe)
+    yield from _evaluate_objections(recipe)
+    yield from _compress_objections(recipe)
+    yield from _tracking_objections(recipe)
+
+
+def _data_objections(recipe: Recipe) -> Iterator[Objection]:
+    data = recipe.data
+    if data.name is not None and data.name not in (*CATALOG, LOCAL):
+        known = suggest(data.name, [*CATALOG, LOCAL])
+        yield Objection(("data.name",), f"{data.name}, but there is no such data set{known}: fedloom ls data")
+    if data.name is not None and (data.path in CATALOG or is_builtin(data.path)):
+        yield Objection(("data.path", "data.name"), f"{data.path}, but data.name is {data.name}: leave one of them out")
+    if not data.path and data.name in (None, LOCAL):
+        yield Objection(
+            ("data.path",), "missing: a file, a folder, a hub id, builtin:skills, or a name that fedloom ls data shows"
+        )
+    if is_builtin(data.path):
+        natural = recipe.split.kind == "natural"
+        given: dict[str, Any] = {
+            "test_path": data.test_path,
+            "type": None if data.type == "auto" else data.type,
+            "columns": data.columns or None,
+            "val_set_size": data.val_set_size if natural and data.val_set_size != DEFAULT_VAL_SHARE else None,
+            "test_set_size": data.test_set_size,
+        }
+        for key, value in given.items():
+            if value is not None:
+                yield Objection(
+                    (f"data.{key}", "data.path"),
+                    f"{yaml_value(value)} would have no effect: {data.path} brings its own rows",
+                )
+    elif data.test_path is not None and data.test_set_size is not None:
+        yield Objection(
+            ("data.test_set_size", "data.test_path"),
+            f"{data.test_set_size} would have no effect: data.test_path gives the test rows; leave one of them out",
+        )
+    shares = [size for size in (data.val_set_size, data.test_set_size) if isinstance(size, float)]
+    if sum(shares) >= 1:
+        yield Objection(
+            ("data.val_set_size", "data.test_set_size"),
+            f"{data.val_set_size} + data.test_set_size {data.test_set_size} = {sum(shares):g}: "
+            "nothing would be left to train on; together below 1",
+        )
+
+
+_SPLIT_SETTINGS: Mapping[str, tuple[str, ...]] = {  # which kinds of split have them
+    "alpha": ("dirichlet", "quantity_skew"),
+    "column": ("by_column", "dirichlet", "shards"),
+    "shards_per_client": ("shards",),
+    "min_rows": ("by_category", "by_column", "files"),
+}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
+def _split_objections(recipe: Recipe) -> Iterator[Objection]:
+    split = recipe.split
+    if split.kind == "natural" and (recipe.data.path or recipe.data.name) and not is_builtin(recipe.data.path):
+        yield Objection(
+            ("split.kind", "data.path"),
+            "natural is what built-in tasks bring; your own data takes iid, dirichlet, shards, quantity_skew, "
+            "by_category, by_column or files",
+        )
+    if split.kind in ("dirichlet", "quantity_skew") and split.alpha is None:
+        yield Objection(("split.alpha", "split.kind"), f"missing: {split.kind} needs it, for example alpha: 0.5")
+    if split.kind == "by_column" and split.column is None:
+        yield Objection(("split.column", "split.kind"), "missing: by_column needs the column to split by")
+    for key, kinds in _SPLIT_SETTINGS.items():
+        value = getattr(split, key)
+        if value is not None and split.kind not in kinds:
+            having = f"{_listed(kinds)} {'has' if len(kinds) == 1 else 'have'} it"
+            yield Objection(
+                (f"split.{key}", "split.kind"), f"{value} would have no effect: kind is {split.kind}; {having}"
+            )
+    per_round = recipe.clients_per_round
+    if isinstance(per_round, int) and split.clients is not None and per_round > split.clients:
+        yield Objection(
+            ("clients_per_round", "split.clients"),
+            f"{per_round}, but the split has {split.clients} client{'s' if split.clients > 1 else ''}: "
+            f"at most {split.clients}, or split.clients >= {per_round}",
+        )
+
+
+def _training_objections(recipe: Recipe) -> Iterator[Objection]:
+    if recipe.local_steps is not None and recipe.local_epochs is not None:
+        yield Objection(
+            ("local_epochs", "local_steps"),
+            f"{recipe.local_epochs}, and local_steps {recipe.local_steps} as well: leave one of them out",
+        )
+    if recipe.local_steps is None and recipe.local_epochs is None:
+        yield Objection(
+            ("local_steps", "local_epochs"),
+            "missing: how long a client trains in a round, local_steps: 30 say, or local_epochs: 1",
+        )
+    client, server = recipe.client, recipe.server
+    optional = ("momentum", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    for key in optional:
+        value = getattr(client, key)
+        if value is not None and key not in CLIENT_OPTIM_DEFAULTS[client.optim]:
+            having = [name for name, settings in CLIENT_OPTIM_DEFAULTS.items() if key in settings]
+            yield Objection(
+                (f"client.{key}", "client.optim"),
+                f"{value} would have no effect: optim is {client.optim}; {', '.join(having)} "
+                f"{'has' if len(having) == 1 else 'have'} it",
+            )
+    if client.min_lr_ratio is not None and client.lr_scheduler_type == "constant":
+        yield Objection(
+            ("client.min_lr_ratio", "client.lr_scheduler_type"),
+            f"{client.min_lr_ratio} would have no effect: lr_scheduler_type is constant; linear and cosine have an end",
+        )
+    if client.warmup_rounds >= recipe.rounds:
+        yield Objection(
+            ("client.warmup_rounds", "rounds"),
+            f"{client.warmup_rounds}, but there {'are' if recipe.rounds > 1 else 'is'} {recipe.rounds} "
+            f"round{'s' if recipe.rounds > 1 else ''}: at most {recipe.rounds - 1}",
+        )
+    if client.prox_mu > 0 and recipe.method == "fedavg":
+        yield Objection(
+            ("client.prox_mu", "method"),
+            f"{client.prox_mu} makes this FedProx, and the method says fedavg: set method: fedprox",
+        )
+    yield from _adapter_objections(recipe)
+    yield from _factor_objections(recipe)
+    settings = {
+        key: getattr(server, key)
+        for key in (
+            "server_optim",
+            "server_learning_rate",
+            "server_momentum",
+            "server_beta1",
+            "server_beta2",
+            "server_tau",
+        )
+    }
+    if server.kind == "replace":
+        for key, value in settings.items():
+            if value is not None:
+                yield Objection(
+                    (f"server.{key}", "server.kind", "method"),
+                    f"{value} would have no effect: server.kind is replace; set method: fedavgm, fedadam, fedyogi or "
+                    "fedadagrad, or server.kind: optimize",
+                )
+    elif server.server_optim is None:
+        yield Objection(
+            ("server.server_optim", "server.kind"), "missing: optimize needs momentum, adam, yogi or adagrad"
+        )
+    else:
+        for key, value in settings.items():
+            if value is not None and key != "server_optim" and key not in SERVER_OPTIM_DEFAULTS[server.server_optim]:
+                having = [name for name, row in SERVER_OPTIM_DEFAULTS.items() if key in row]
+                yield Objection(
+                    (f"server.{key}", "server.server_optim"),
+                    f"{value} would have no effect: server_optim is {server.server_optim}; {', '.join(having)} "
+                    f"{'has' if len(having) == 1 else 'have'} it",
+                )
+    if recipe.runtime.kind != "batched" and recipe.runtime.clients_per_batch is not None:
+        yield Objection(
+            ("runtime.clients_per_batch", "runtime.kind"),
+            f"{recipe.runtime.clients_per_batch} would have no effect: runtime.kind is {recipe.runtime.kind}, "
+            "which takes one client at a time",
+        )
+
+
+def _adapter_objections(recipe: Recipe) -> Iterator[Objection]:
+    adapter = recipe.adapter
+    for key in dict.fromkeys(key for row in ADAPTER_DEFAULTS.values() for key in row):
+        value = getattr(adapter, key)
+        if value is not None and key not in ADAPTER_DEFAULTS[adapter.kind]:
+            having = [name for name, row in ADAPTER_DEFAULTS.items() if key in row]
+            yield Objection(
+                (f"adapter.{key}", "adapter.kind"),
+                f"{yaml_value(value)} would have no effect: kind is {adapter.kind}; {', '.join(having)} "
+                f"{'has' if len(having) == 1 else 'have'} it",
+            )
+    if adapter.kind != "lora":
+        needs = {
+            "client.trainable": recipe.client.trainable != "all",
+            "client.shared": recipe.client.shared != "all",
+            "aggregate.kind": recipe.aggregate.kind != "mean",
+        }
+        for key, asked in needs.items():
+            block, _, leaf = key.partition(".")
+            if asked:
+                yield Objection(
+                    (key, "adapter.kind", "method"),
+                    f"{getattr(getattr(recipe, block), leaf)}, but it works on LoRA's factors and adapter.kind is "
+                    f"{adapter.kind}: adapter.kind: lora, or another method",
+                )
+
+
+def _factor_objections(recipe: Recipe) -> Iterator[Objection]:
+    """LoRA's factors: which are trained, which are sent, at which ranks."""
+    client, aggregate, mix = recipe.client, recipe.aggregate, recipe.adapter.client_ranks
+    if client.shared != "all" and client.trainable not in ("all", client.shared):
+        yield Objection(
+            ("client.shared", "client.trainable"),
+            f"{client.shared}, but client.trainable is {client.trainable}: what is sent must be trained in every round",
+        )
+    elif client.shared != "all" and client.trainable == client.shared:
+        yield Objection(
+            ("client.shared", "client.trainable"),
+            f"{client.shared} would have no effect: client.trainable is {client.trainable}, so nothing else is trained",
+        )
+    if client.shared != "all" and aggregate.kind != "mean":
+        yield Objection(
+            ("client.shared", "aggregate.kind"),
+            f"{client.shared}, but {aggregate.kind} needs both factors of every client: aggregate.kind: mean",
+        )
+    if client.trainable != "all" and aggregate.kind != "mean":
+        yield Objection(
+            ("client.trainable", "aggregate.kind"),
+            f"{client.trainable}, but {aggregate.kind} is for clients that train both factors: aggregate.kind: mean",
+        )
+    if aggregate.norm_weighted is not None and aggregate.kind != "het_lora":
+        yield Objection(
+            ("aggregate.norm_weighted", "aggregate.kind"),
+            f"{yaml_value(aggregate.norm_weighted)} would have no effect: kind is {aggregate.kind}; het_lora has it",
+        )
+    if aggregate.kind == "het_lora" and aggregate.norm_weighted and aggregate.weighting == "uniform":
+        yield Objection(
+            ("aggregate.weighting", "aggregate.norm_weighted"),
+            "uniform would have no effect: het_lora weighs by norms; norm_weighted: false leaves it to the weighting",
+        )
+    if mix not in (None, "same") and recipe.adapter.lora_r == 1:
+        yield Objection(("adapter.client_ranks", "adapter.lora_r"), f"{mix} would have no effect: lora_r is 1")
+
+
+def _compress_objections(recipe: Recipe) -> Iterator[Objection]:
+    compress = recipe.compress
+    for way in ("up", "down"):
+        kinds: list[str] = list(getattr(compress, way))
+        for group in COMPRESS_ORDER:
+            several = [kind for kind in kinds if kind in group]
+            if len(several) > 1:
+                yield Objection((f"compress.{way}",), f"{', '.join(several)}: one of them is enough")
+        order = [kind for group in COMPRESS_ORDER for kind in group if kind in kinds]
+        if len(set(kinds)) == len(kinds) and order != kinds:
+            yield Objection((f"compress.{way}",), f"{yaml_value(kinds)}: in this order: {yaml_value(order)}")
+    if compress.bits not in (None, 4, 8):
+        yield Objection(("compress.bits",), f"{compress.bits}: must be 8 or 4")
+    used = {*compress.up, *compress.down}
+    for key in ("bits", "block_size", "share", "low_rank_r"):
+        having = [kind for kind, row in COMPRESS_DEFAULTS.items() if key in row]
+        if getattr(compress, key) is not None and not used.intersection(having):
+            yield Objection(
+                (f"compress.{key}", "compress.up", "compress.down"),
+                f"{getattr(compress, key)} would have no effect: it is a setting of {' and '.join(having)}",
+            )
+    lossy = [kind for kind in compress.up if kind in LOSSY]
+    if compress.error_feedback is True and not lossy:
+        yield Objection(
+            ("compress.error_feedback", "compress.up"), "true would have no effect: nothing is lost on the way up"
+        )
+    if compress.error_feedback and recipe.adapter.client_ranks not in (None, "same"):
+        yield Objection(
+            ("compress.error_feedback", "adapter.client_ranks"),
+            f"true, but what is left out has no fixed size with client_ranks {recipe.adapter.client_ranks}: false",
+        )
+
+
+def _tracking_objections(recipe: Recipe) -> Iterator[Objection]:
+    if recipe.report_to == "none" and recipe.project is not None:
+        yield Objection(
+            ("project", "report_to"),
+            f"{yaml_value(recipe.project)} would have no effect: report_to is none, so no tracker files the run there",
+        )
+
+
+def _evaluate_objections(recipe: Recipe) -> Iterator[Objection]:
+    evaluate = recipe.evaluate
+    if evaluate.score == "none" and evaluate.max_new_tokens is not None:
+        yield Objection(
+            ("evaluate.max_new_tokens", "evaluate.score"),
+            f"{evaluate.max_new_tokens} would have no effect: score is none, so nothing is generated",
+        )
+    if evaluate.score == "none" and evaluate.score_validation:
+        yield Objection(
+            ("evaluate.score_validation", "evaluate.score"),
+            "true would have no effect: score is none, so nothing is scored",
+        )
+    yield from _best_objections(recipe)
+    yield from _task_objections(recipe)
+
+
+def _best_objections(recipe: Recipe) -> Iterator[Objection]:
+    evaluate = recipe.evaluate
+    best_by = evaluate.best_by
+    slash = "/" in (best_by or "")
+    if best_by is not None and slash:
+        named = any(best_by.startswith(f"{task}/") and best_by != f"{task}/" for task in evaluate.tasks)
+        if not named and not best_by.startswith("lm_eval:"):  # the task of a file of one's own has a name of its own
+            yield Objection(
+                ("evaluate.best_by", "evaluate.tasks"),
+                f"{best_by}, but evaluate.tasks is {yaml_value(evaluate.tasks)}: a TASK/METRIC names one of them",
+            )
+        elif evaluate.task_rounds is None:
+            yield Objection(
+                ("evaluate.best_by", "evaluate.task_rounds"),
+                f"{best_by}, but the benchmarks run only at the end: set evaluate.task_rounds",
+            )
+    elif best_by is not None and best_by not in BEST_BY:
+        near = difflib.get_close_matches(best_by, BEST_BY, n=1)
+        yield Objection(
+            ("evaluate.best_by",),
+            f"{best_by}, which is none of {', '.join(BEST_BY)} and no TASK/METRIC"
+            + (f"; did you mean {near[0]}?" if near else ""),
+        )
+    elif best_by is not None and BEST_BY[best_by] and evaluate.score == "none":
+        yield Objection(("evaluate.best_by", "evaluate.score"), f"{best_by}, but evaluate.score is none: best_by: loss")
+    if best_by is not None and not slash and recipe.data.val_set_size == 0:
+        yield Objection(
+            ("evaluate.best_by", "data.val_set_size"),
+            f"{best_by} would have no effect: data.val_set_size is 0, so there is nothing to choose by",
+        )
+    patience = evaluate.early_stopping_patience
+    if patience is None and evaluate.early_stopping_threshold is not None:
+        yield Objection(
+            ("evaluate.early_stopping_threshold", "evaluate.early_stopping_patience"),
+            f"{evaluate.early_stopping_threshold} would have no effect: early_stopping_patience is not set",
+        )
+    if patience is not None and best_by is None:
+        yield Objection(
+            ("evaluate.early_stopping_patience", "data.val_set_size", "evaluate.best_by"),
+            f"{patience}, but data.val_set_size is 0, so there is nothing to stop by: set aside validation rows",
+        )
+    elif patience is not None and not slash and evaluate.eval_rounds == 0:
+        yield Objection(
+            ("evaluate.early_stopping_patience", "evaluate.eval_rounds"),
+            f"{patience}, but eval_rounds is 0, so nothing is measured before the end: eval_rounds: 1, say",
+        )
+    if recipe.checkpoint.export == "best" and best_by is None:
+        yield Objection(
+            ("checkpoint.export", "data.val_set_size", "evaluate.best_by"),
+            "best, but data.val_set_size is 0, so there is nothing to choose by: export: last, or validation rows",
+        )
+
+
+def _task_objections(recipe: Recipe) -> Iterator[Objection]:
+    evaluate = recipe.evaluate
+    twice = sorted({task for task in evaluate.tasks if evaluate.tasks.count(task) > 1})
+    if twice:
+        yield Objection(("evaluate.tasks",), f"{', '.join(twice)} is named twice")
+    for task in evaluate.tasks:
+        if not names_tasks(task):
+            near = suggest(task, [*TASKS, *SETS])
+            yield Objection(("evaluate.tasks",), f"there is no benchmark {task!r}{near}: fedloom ls tasks")
+    if not evaluate.tasks:
+        given: dict[str, Any] = {
+            "task_paths": evaluate.task_paths or None,
+            "task_limit": evaluate.task_limit,
+            "num_fewshot": evaluate.num_fewshot,
+            "task_rounds": evaluate.task_rounds,
+            "task_clients": evaluate.task_clients,
+        }
+        for key, value in given.items():
+            if value is not None:
+                yield Objection(
+                    (f"evaluate.{key}", "evaluate.tasks"),
+                    f"{yaml_value(value)} would have no effect: evaluate.tasks is empty",
+                )
+        return
+    for task in evaluate.task_paths:
+        if task not in evaluate.tasks:
+            yield Objection(
+                ("evaluate.task_paths", "evaluate.tasks"),
+                f"{task} is none of evaluate.tasks, which are {', '.join(evaluate.tasks)}",
+            )
+    personal = recipe.client.shared != "all" and "federated" in recipe.arms
+    if evaluate.task_clients is not None and "local" not in recipe.arms and not personal:
+        yield Objection(
+            ("evaluate.task_clients", "arms"),
+            f"{evaluate.task_clients} would have no effect: no client has a model of its own in these arms",
+        )
+    if personal and recipe.runtime.kind == "loopback":
+        yield Objection(
+            ("evaluate.tasks", "runtime.kind", "client.shared"),
+            f"{yaml_value(evaluate.tasks)}, but with runtime.kind loopback what is not shared never leaves a client, "
+            "and the benchmarks are not there: runtime.kind: batched",
+        )

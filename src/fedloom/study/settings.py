@@ -1,0 +1,79 @@
+"""Which settings each kind, optimiser and compression has, and what they are when nothing is said: literal tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Arm = Literal["base", "local", "federated", "global"]
+SplitKind = Literal["iid", "dirichlet", "shards", "quantity_skew", "by_category", "by_column", "files", "natural"]
+ClientOptim = Literal["adamw", "adam", "sgd", "momentum", "yogi", "adagrad"]
+ServerOptim = Literal["momentum", "adam", "yogi", "adagrad"]
+AdapterKind = Literal["lora", "prompt_tuning", "p_tuning", "prefix_tuning"]
+RankMix = Literal["same", "heavy_tail", "normal", "uniform"]
+Compression = Literal["top_k", "random_k", "low_rank", "float16", "bfloat16", "quantize", "zstd"]
+DownCompression = Literal["float16", "bfloat16", "quantize", "zstd"]
+TrackerName = Literal["trackio", "tensorboard", "mlflow", "wandb"]
+
+# The settings each kind of adapter has, with what they are when nothing is said; None is settled by the model.
+ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "lora": {
+        "lora_r": 8,
+        "lora_alpha": 16.0,
+        "lora_dropout": 0.0,
+        "lora_target_modules": "auto",
+        "client_ranks": "same",
+    },
+    "prompt_tuning": {"num_virtual_tokens": 20, "prompt_tuning_init_text": None},
+    "p_tuning": {"num_virtual_tokens": 20, "encoder_reparameterization_type": "mlp", "encoder_hidden_size": None},
+    "prefix_tuning": {"num_virtual_tokens": 20},
+}
+
+# The settings each way of compressing has, in the order in which messages go through them.
+COMPRESS_ORDER = (("top_k", "random_k", "low_rank"), ("float16", "bfloat16", "quantize"), ("zstd",))
+COMPRESS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "top_k": {"share": 0.1},
+    "random_k": {"share": 0.1},
+    "low_rank": {"low_rank_r": 4},
+    "quantize": {"bits": 8, "block_size": None},
+}
+LOSSY = tuple(kind for kinds in COMPRESS_ORDER[:2] for kind in kinds)
+
+# The settings each optimiser has, with what they are when nothing is said. A setting that is not in an optimiser's
+# row has no effect on it and is refused.
+CLIENT_OPTIM_DEFAULTS: Mapping[str, Mapping[str, float]] = {
+    "adamw": {"weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8},
+    "adam": {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8},
+    "yogi": {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-3},
+    "adagrad": {"adam_epsilon": 1e-10},
+    "momentum": {"momentum": 0.9, "weight_decay": 0.0},
+    "sgd": {"weight_decay": 0.0},
+}
+
+# Reddi et al., Adaptive Federated Optimization: beta1 0.9, beta2 0.99, tau 1e-3. Their step sizes are tuned per task;
+# these are sized for LoRA factors, whose entries are about 1e-2.
+SERVER_OPTIM_DEFAULTS: Mapping[str, Mapping[str, float]] = {
+    "momentum": {"server_learning_rate": 1.0, "server_momentum": 0.9},
+    "adam": {"server_learning_rate": 1e-2, "server_beta1": 0.9, "server_beta2": 0.99, "server_tau": 1e-3},
+    "yogi": {"server_learning_rate": 1e-2, "server_beta1": 0.9, "server_beta2": 0.99, "server_tau": 1e-3},
+    "adagrad": {"server_learning_rate": 1e-2, "server_beta1": 0.0, "server_tau": 1e-3},
+}
+
+# What a checkpoint may be the best by, measured on the validation rows, and whether more is better. A benchmark task's
+# metric (TASK/METRIC) may stand in their place; there more is better.
+BEST_BY: Mapping[str, bool] = {
+    "loss": False,
+    "loss_plain_mean": False,
+    "loss_decile": False,
+    "score": True,
+    "score_plain_mean": True,
+    "score_decile": True,
+}
+
+COLUMN_NAMES = (
+    "instruction", "input", "output", "category", "messages", "prompt", "completion", "text", "chosen", "rejected",
+)  # fmt: skip
+DEFAULT_CLIENTS = 4  # of a split that cannot tell by itself (iid, dirichlet, shards, quantity_skew)
+DEFAULT_SHARDS = 2
+DEFAULT_VAL_SHARE = 0.05
+DEFAULT_TEST_SHARE = 0.1

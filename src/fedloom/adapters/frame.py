@@ -23,7 +23,13 @@ Bind = Callable[[Tree, Tensor | None], AbstractContextManager[None]]  # tree_C, 
 
 
 class Frame:
-    """One frozen causal LM under an adapter; `bind` puts a cohort's tree on it, one at a time."""
+    """One frozen causal LM under an adapter; `bind` puts a cohort's tree on it, one at a time.
+
+    A kind is a Frame that knows how to `put` a tree on. What it does of ranks and merging is here for kinds that have
+    neither.
+    """
+
+    kind = "this adapter"  # as a recipe has it
 
     def __init__(self, model: nn.Module, bind: Bind) -> None:
         self.model = model.requires_grad_(False).eval()
@@ -68,6 +74,34 @@ class Frame:
         with self.bind(tree_C):
             yield self.model
 
+    # ---- a kind without ranks, which merges nothing -----------------------------------------------------------------
+
+    def narrow(self, tree: Tree, client: Client) -> Tree:
+        if client.rank is not None:
+            raise UserError(
+                f"client {client.id!r} has rank {client.rank}, and {self.kind} has no ranks", code="adapter.rank"
+            )
+        return tree
+
+    def widen(self, delta: Tree, client: Client) -> Tree:
+        return delta
+
+    def sync(self, base: Tree) -> None:
+        if base:
+            raise UserError(f"{self.kind} merges nothing into the frozen weights", code="adapter.base")
+
+    def accumulate(self, base: Tree, merge: Tree) -> Tree:
+        self.sync(merge)
+        return base
+
+    def merge(self, tree: Tree) -> None:
+        """Add the adapter to the frozen weights, for good: the model without it is then what it was with it."""
+        raise UserError(
+            f"a {self.kind} adapter has nothing to add to the weights",
+            "export the adapter: --format lora writes its PEFT folder",
+            "export.kind",
+        )
+
 
 def adapter_dtype(weight: Any) -> torch.dtype:
     """Adapters are float32 whatever the base has; a float64 base keeps float64."""
@@ -87,15 +121,3 @@ def check_tree(tree: Tree, wanted: dict[str, tuple[int, ...]]) -> None:
         shown = "\n  - ".join(problems[:6])
         more = f"\n  and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise UserError(f"the adapter does not match the model:\n  - {shown}{more}", code="adapter.mismatch")
-
-
-def no_own_rank(kind: str, client: Client) -> None:
-    """Raise UserError when a client has a rank and the kind has none."""
-    if client.rank is not None:
-        raise UserError(f"client {client.id!r} has rank {client.rank}, and {kind} has no ranks", code="adapter.rank")
-
-
-def merges_nothing(kind: str, base: Tree) -> None:
-    """Raise UserError when something was merged into the frozen weights of a kind that merges nothing."""
-    if base:
-        raise UserError(f"{kind} merges nothing into the frozen weights", code="adapter.base")

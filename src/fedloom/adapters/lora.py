@@ -177,6 +177,14 @@ class Lora:
         """Factors side by side, multiplied out where they have become wider than the weight."""
         return slimmed(beside(base, merge))
 
+    def merge(self, tree: Tree) -> None:
+        """Add scale * B A to the frozen weights, for good."""
+        factors = {}
+        for name in self.sites:
+            factors[f"{name}.{MERGE_A}"] = tree[f"{name}.{A}"].double()
+            factors[f"{name}.{MERGE_B}"] = tree[f"{name}.{B}"].double() * self.scale_of()
+        self.sync(self.accumulate(self._base, factors))
+
     def export(self, tree: Tree, path: Path) -> None:
         """A PEFT adapter folder; what was merged into the base is stacked into the factors, so the logits are equal.
 

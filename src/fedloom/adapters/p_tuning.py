@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedloom.adapters.frame import Frame, adapter_dtype, check_tree, merges_nothing, no_own_rank
+from fedloom.adapters.frame import Frame, adapter_dtype, check_tree
 from fedloom.adapters.prompt_tuning import PROMPT, read_prompt, write_prompt
 from fedloom.adapters.virtual import Virtual, per_row
 from fedloom.errors import UserError
 from fedloom.seeds import generator
-from fedloom.types import Client, Tree
+from fedloom.types import Tree
 
 Encoder = Literal["mlp", "lstm"]
 
@@ -80,16 +80,16 @@ class _Encoder(nn.Module):
         return out
 
 
-class PTuning:
+class PTuning(Frame):
     """The adapter; see `p_tuning`."""
+
+    kind = "p_tuning"
 
     def __init__(
         self, model: nn.Module, number: int, kind: Encoder, hidden: int | None, layers: int, base_name: str
     ) -> None:
-        self.number, self.kind, self.base_name = number, kind, base_name
-        frame = Frame(model, self._put)
-        self.model, self.causal, self.bound = frame.model, frame.causal, frame.bound
-        self.loss, self.nll = frame.loss, frame.nll
+        self.number, self.encoder_kind, self.base_name = number, kind, base_name
+        super().__init__(model, self._put_on)
         self.virtual = Virtual(model, number, in_cache=False)
         weight = self.virtual.embed.weight
         assert isinstance(weight, Tensor)
@@ -125,20 +125,6 @@ class PTuning:
         made: Tensor = functional_call(self.encoder, dict(tree), ())
         return made
 
-    def narrow(self, tree: Tree, client: Client) -> Tree:
-        no_own_rank("p_tuning", client)
-        return tree
-
-    def widen(self, delta: Tree, client: Client) -> Tree:
-        return delta
-
-    def sync(self, base: Tree) -> None:
-        merges_nothing("p_tuning", base)
-
-    def accumulate(self, base: Tree, merge: Tree) -> Tree:
-        merges_nothing("p_tuning", merge)
-        return base
-
     def check(self, tree: Tree) -> None:
         """Raise UserError when `tree` is not made for this model and encoder."""
         whole = {name: tuple(leaf.shape) for name, leaf in self.encoder.named_parameters()}
@@ -151,7 +137,7 @@ class PTuning:
             prompt = self.prompt(tree)
         write_prompt(
             self.model, prompt, path, "P_TUNING", self.base_name,
-            encoder_reparameterization_type=self.kind.upper(), encoder_hidden_size=self.hidden,
+            encoder_reparameterization_type=self.encoder_kind.upper(), encoder_hidden_size=self.hidden,
             encoder_num_layers=self.layers, encoder_dropout=0.0,
         )  # fmt: skip
 
@@ -162,7 +148,7 @@ class PTuning:
         return tree
 
     @contextlib.contextmanager
-    def _put(self, tree_C: Tree, seed_C: Tensor | None) -> Iterator[None]:
+    def _put_on(self, tree_C: Tree, seed_C: Tensor | None) -> Iterator[None]:
         c = next(iter(tree_C.values())).shape[0]
         prompts = [self.prompt({name: leaf[i] for name, leaf in tree_C.items()}) for i in range(c)]
         prompt_CPD = torch.stack(prompts)

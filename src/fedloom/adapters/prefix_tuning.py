@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedloom.adapters.frame import Frame, adapter_dtype, check_tree, merges_nothing, no_own_rank
+from fedloom.adapters.frame import Frame, adapter_dtype, check_tree
 from fedloom.adapters.prompt_tuning import PROMPT, read_prompt, write_prompt
 from fedloom.adapters.virtual import Virtual, per_row
 from fedloom.errors import UserError
 from fedloom.seeds import generator
-from fedloom.types import Client, Tree
+from fedloom.types import Tree
 
 
 def prefix_tuning(model: nn.Module, *, num_virtual_tokens: int = 20, base_name: str = "") -> PrefixTuning:
@@ -39,14 +39,14 @@ def prefix_tuning(model: nn.Module, *, num_virtual_tokens: int = 20, base_name: 
     return PrefixTuning(model, num_virtual_tokens, base_name)
 
 
-class PrefixTuning:
+class PrefixTuning(Frame):
     """The adapter; see `prefix_tuning`."""
+
+    kind = "prefix_tuning"
 
     def __init__(self, model: nn.Module, number: int, base_name: str) -> None:
         self.number, self.base_name = number, base_name
-        frame = Frame(model, self._put)
-        self.model, self.causal, self.bound = frame.model, frame.causal, frame.bound
-        self.loss, self.nll = frame.loss, frame.nll
+        super().__init__(model, self._put_on)
         self.virtual = Virtual(model, number, in_cache=True)
         weight = self.virtual.embed.weight
         assert isinstance(weight, Tensor)
@@ -76,20 +76,6 @@ class PrefixTuning:
         found = self._activations(ids)[:, 0].permute(2, 0, 1, 3)  # [P, 2 L, G, E]
         return {PROMPT: found.reshape(self.number, -1).to(adapter_dtype(self.weight_VD)).clone()}
 
-    def narrow(self, tree: Tree, client: Client) -> Tree:
-        no_own_rank("prefix_tuning", client)
-        return tree
-
-    def widen(self, delta: Tree, client: Client) -> Tree:
-        return delta
-
-    def sync(self, base: Tree) -> None:
-        merges_nothing("prefix_tuning", base)
-
-    def accumulate(self, base: Tree, merge: Tree) -> Tree:
-        merges_nothing("prefix_tuning", merge)
-        return base
-
     def check(self, tree: Tree) -> None:
         """Raise UserError when `tree` is not made for this model and number of tokens."""
         check_tree(tree, {PROMPT: (self.number, self.layers * self.heads * self.head_size)})
@@ -110,7 +96,7 @@ class PrefixTuning:
         return tree
 
     @contextlib.contextmanager
-    def _put(self, tree_C: Tree, seed_C: Tensor | None) -> Iterator[None]:
+    def _put_on(self, tree_C: Tree, seed_C: Tensor | None) -> Iterator[None]:
         def rows(n: int) -> list[tuple[Tensor, Tensor]]:
             flat_NPX = per_row(tree_C[PROMPT], n).to(self.weight_VD.dtype)
             split = flat_NPX.view(n, self.number, self.layers, self.heads, self.head_size).permute(2, 0, 3, 1, 4)

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedloom.adapters.frame import Frame, adapter_dtype, check_tree, merges_nothing, no_own_rank
+from fedloom.adapters.frame import Frame, adapter_dtype, check_tree
 from fedloom.adapters.virtual import Virtual, per_row
 from fedloom.errors import UserError
 from fedloom.seeds import generator
-from fedloom.types import Client, Tree
+from fedloom.types import Tree
 
 PROMPT = "prompt_embeddings"  # PEFT's name in its files, too
 
@@ -45,14 +45,14 @@ def prompt_tuning(
     return PromptTuning(model, num_virtual_tokens, init_ids, base_name)
 
 
-class PromptTuning:
+class PromptTuning(Frame):
     """The adapter; see `prompt_tuning`."""
+
+    kind = "prompt_tuning"
 
     def __init__(self, model: nn.Module, number: int, init_ids: Sequence[int] | None, base_name: str) -> None:
         self.number, self.init_ids, self.base_name = number, init_ids, base_name
-        frame = Frame(model, self._put)
-        self.model, self.causal, self.bound = frame.model, frame.causal, frame.bound
-        self.loss, self.nll = frame.loss, frame.nll
+        super().__init__(model, self._put_on)
         self.virtual = Virtual(model, number, in_cache=False)
         weight = self.virtual.embed.weight
         assert isinstance(weight, Tensor)
@@ -67,20 +67,6 @@ class PromptTuning:
             ids = torch.randint(len(self.weight_VD), (self.number,), generator=draw)
         rows_PD = self.weight_VD[ids.to(self.weight_VD.device)].detach().clone()
         return {PROMPT: rows_PD.to(adapter_dtype(self.weight_VD))}
-
-    def narrow(self, tree: Tree, client: Client) -> Tree:
-        no_own_rank("prompt_tuning", client)
-        return tree
-
-    def widen(self, delta: Tree, client: Client) -> Tree:
-        return delta
-
-    def sync(self, base: Tree) -> None:
-        merges_nothing("prompt_tuning", base)
-
-    def accumulate(self, base: Tree, merge: Tree) -> Tree:
-        merges_nothing("prompt_tuning", merge)
-        return base
 
     def check(self, tree: Tree) -> None:
         """Raise UserError when `tree` is not made for this model and number of tokens."""
@@ -98,7 +84,7 @@ class PromptTuning:
         return tree
 
     @contextlib.contextmanager
-    def _put(self, tree_C: Tree, seed_C: Tensor | None) -> Iterator[None]:
+    def _put_on(self, tree_C: Tree, seed_C: Tensor | None) -> Iterator[None]:
         with self.virtual.on(lambda n: per_row(tree_C[PROMPT], n)):
             yield
 

@@ -41,8 +41,6 @@ __all__ = ["Evaluated", "Tuned", "base_name_of", "evaluate_run", "export_lora", 
 
 Which = Literal["best", "last"]  # of a run's checkpoints
 
-LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"  # PEFT's names, after the layer's
-
 # Merged weights are rounded to the dtype they are stored in; what that does to logits, as a share of their largest.
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
@@ -263,24 +261,6 @@ def _settings(folder: Path) -> tuple[str, AdapterRecipe]:
     return str(config.get("base_model_name_or_path") or ""), settings
 
 
-def _factors(tuned: Tuned) -> dict[str, Tensor]:
-    """What the adapter adds to each frozen weight, as the factors that `Adapter.sync` takes."""
-    _, settings = _settings(tuned.folder)
-    if settings.kind != "lora" or settings.lora_alpha is None or settings.lora_r is None:
-        raise UserError(
-            f"{tuned.folder} is a {settings.kind} adapter, which has nothing to add to the weights",
-            "export the adapter: --format lora writes its PEFT folder",
-            "export.kind",
-        )
-    factors = {}
-    for name, leaf in tuned.tree.items():
-        if name.endswith(LORA_A):
-            factors[f"{name.removesuffix(LORA_A)}merge_A"] = leaf.double()
-        elif name.endswith(LORA_B):
-            factors[f"{name.removesuffix(LORA_B)}merge_B"] = leaf.double() * (settings.lora_alpha / settings.lora_r)
-    return factors
-
-
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -411,7 +391,8 @@ def export_merged(run: Path, destination: Path, *, model: str | None = None, che
     """
     # float32: the sum is rounded once, when it is stored
     tuned = open_tuned(run, model=model, dtype="float32", checkpoint=checkpoint)
-    base, adapter = tuned.base, tuned.adapter
+    base = tuned.base
+    adapter: Any = tuned.adapter  # every kind merges, or says why it cannot
     stored = _stored_dtype(base)
     probe_BT = _probe(base)
     wanted = _logits(tuned, probe_BT)
@@ -419,7 +400,7 @@ def export_merged(run: Path, destination: Path, *, model: str | None = None, che
 
     def write(place: Path) -> None:
         nonlocal difference
-        adapter.sync(_factors(tuned))
+        adapter.merge(tuned.tree)
         merged: Any = base.model.to(stored)
         merged.save_pretrained(place)
         load_tokenizer(base.name, pad=False).save_pretrained(place)

@@ -1,15 +1,18 @@
 """One file per PEFT kind, each with the cohort axis."""
 
+from fedloom.adapters.full import Full, full
 from fedloom.adapters.lora import Lora, lora
 from fedloom.adapters.p_tuning import PTuning, p_tuning
 from fedloom.adapters.prefix_tuning import PrefixTuning, prefix_tuning
 from fedloom.adapters.prompt_tuning import PromptTuning, prompt_tuning
 
 __all__ = [
+    "Full",
     "Lora",
     "PTuning",
     "PrefixTuning",
     "PromptTuning",
+    "full",
     "lora",
     "p_tuning",
     "prefix_tuning",

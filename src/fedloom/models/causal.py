@@ -10,22 +10,32 @@ whose next token is asked about.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fedloom.ops.cross_entropy import CHUNK_BYTES, Head, logits, nll_chunked
+from fedloom.ops.per_client import PerClient, raw
 
 log = logging.getLogger("fedloom")
 
 
 class CausalLM:
-    """Negative log-likelihoods of a frozen causal LM."""
+    """Negative log-likelihoods of a causal LM, with whatever weights it has at the moment."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.head = _head_of(model)
+        self._head = _head_of(model)
+
+    @property
+    def head(self) -> Head | None:
+        """The head with the weights that the model's output layer has now; None where the model is used whole."""
+        if self._head is None:
+            return None
+        layer: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        return self._head._replace(weight_VD=layer.weight, bias_V=layer.bias)
 
     def nll(self, input_ids_NT: Tensor, labels_NT: Tensor) -> tuple[Tensor, Tensor]:
         """(nll_M in nats, row_M): one for each position whose next token is labelled, and the row it is in.
@@ -35,13 +45,19 @@ class CausalLM:
         targets_NT = labels_NT[:, 1:]
         row_M, position_M = (targets_NT != -100).nonzero(as_tuple=True)
         target_M = targets_NT[row_M, position_M]
-        if self.head is None:
+        head = self.head
+        if head is None:
             z = self.model(input_ids=input_ids_NT, use_cache=False).logits
             z_MV = z[row_M, position_M].float() if z.dtype != torch.float64 else z[row_M, position_M]
             return nn.functional.cross_entropy(z_MV, target_M, reduction="none"), row_M
         hidden_NTD = body_of(self.model)(input_ids=input_ids_NT, use_cache=False)[0]
         hidden_MD = hidden_NTD.flatten(0, 1).index_select(0, row_M * input_ids_NT.shape[1] + position_M)
-        return nll_chunked(hidden_MD, target_M, self.head), row_M
+        if not isinstance(head.weight_VD, PerClient):
+            return nll_chunked(hidden_MD, target_M, head), row_M
+        parts = []
+        for rows, one in _heads_of(head, row_M, len(input_ids_NT)):
+            parts.append(nll_chunked(hidden_MD[rows], target_M[rows], one))
+        return torch.cat(parts), row_M
 
     @torch.no_grad()
     def at(self, input_ids_NT: Tensor, row_P: Tensor, position_P: Tensor, place_M: Tensor, target_M: Tensor) -> Likely:
@@ -56,24 +72,21 @@ class CausalLM:
             place_M: the number of the place that each target belongs to, rising.
             target_M: token ids.
         """
-        if self.head is None:
+        head = self.head
+        if head is None:
             z = self.model(input_ids=input_ids_NT, use_cache=False).logits
             read_PX = z[row_P, position_P]
         else:
             hidden_NTD = body_of(self.model)(input_ids=input_ids_NT, use_cache=False)[0]
             read_PX = hidden_NTD[row_P, position_P]
-        size = self.head.weight_VD.shape[0] if self.head is not None else read_PX.shape[1]
+            if isinstance(head.weight_VD, PerClient):
+                raise RuntimeError("likelihoods of single targets are asked of one client's model at a time")
+        size = head.weight_VD.shape[0] if head is not None else read_PX.shape[1]
         rows = max(64, CHUNK_BYTES // (4 * size))
         parts = []
         for start in range(0, len(read_PX), rows):
             read = read_PX[start : start + rows]
-            z_PV = (
-                logits(read, self.head)
-                if self.head is not None
-                else read
-                if read.dtype == torch.float64
-                else read.float()
-            )
+            z_PV = logits(read, head) if head is not None else read if read.dtype == torch.float64 else read.float()
             mine = (place_M >= start) & (place_M < start + rows)
             place, target = place_M[mine] - start, target_M[mine]
             picked = z_PV[place, target]
@@ -95,6 +108,17 @@ def body_of(model: nn.Module) -> nn.Module:
     return body if isinstance(body, nn.Module) else model
 
 
+def _heads_of(head: Head, row_M: Tensor, num_rows: int) -> Iterator[tuple[slice, Head]]:
+    """Where clients have heads of their own: each client's part of the rising `row_M`, and its head."""
+    weights, biases = raw(head.weight_VD), raw(head.bias_V)
+    counts = torch.bincount(row_M // (num_rows // len(weights)), minlength=len(weights)).tolist()
+    start = 0
+    for client, (count, weight_VD) in enumerate(zip(counts, weights.unbind(0), strict=True)):
+        bias_V = biases[client] if isinstance(head.bias_V, PerClient) else head.bias_V
+        yield slice(start, start + count), head._replace(weight_VD=weight_VD, bias_V=bias_V)
+        start += count
+
+
 def positions_of(model: nn.Module) -> int | None:
     """Positions that a text may take, an adapter's virtual tokens taken off; None where the model does not say."""
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
@@ -113,7 +137,7 @@ def _head_of(model: nn.Module) -> Head | None:
         return None
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     head = Head(
-        weight.detach(),
+        weight,
         getattr(layer, "bias", None),
         scale,
         getattr(config, "final_logit_softcapping", None),

@@ -1,4 +1,4 @@
-"""Cross-entropy through a frozen output head, in chunks, so that the logits are never whole in memory.
+"""Cross-entropy through an output head, in chunks, so that the logits are never whole in memory.
 
 Shape suffixes: N labelled positions, D hidden size, V vocabulary.
 """
@@ -40,46 +40,60 @@ def nll_plain(hidden_ND: Tensor, labels_N: Tensor, head: Head) -> Tensor:
 
 
 def nll_chunked(hidden_ND: Tensor, labels_N: Tensor, head: Head, chunk_rows: int | None = None) -> Tensor:
-    """The same as `nll_plain`, chunk by chunk; the gradient for the hidden state is made in the forward pass.
+    """The same as `nll_plain`, chunk by chunk: [chunk, V] is all that is ever held.
 
-    The head is frozen, so each row's gradient is that row's own scalar times a vector known in the forward pass:
-    nothing is computed twice, and [chunk, V] is all that is ever held.
+    Under a frozen head each row's gradient is that row's own scalar times a vector known in the forward pass, so it is
+    made there and nothing is computed twice. The gradient for a head that is trained itself needs the logits again:
+    they are kept where they are one chunk, else made a second time.
     """
     rows = chunk_rows or max(64, CHUNK_BYTES // (4 * head.weight_VD.shape[0]))
-    out: Tensor = _ChunkedNll.apply(hidden_ND, labels_N, head, rows)  # type: ignore[no-untyped-call]
+    trained = head.weight_VD.requires_grad or (head.bias_V is not None and head.bias_V.requires_grad)
+    out: Tensor
+    if trained and torch.is_grad_enabled():
+        out = _TrainedNll.apply(  # type: ignore[no-untyped-call]
+            hidden_ND, head.weight_VD, head.bias_V, labels_N, head.scale, head.softcap, rows
+        )
+    else:
+        out = _ChunkedNll.apply(hidden_ND, labels_N, head, rows)  # type: ignore[no-untyped-call]
     return out
+
+
+def _piece(hidden_ND: Tensor, labels_N: Tensor, head: Head, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Of some rows: the losses [N], and their gradients [N, V] by the product of hidden state and head."""
+    labels = labels_N[:, None]
+    z = F.linear(hidden_ND, head.weight_VD, head.bias_V)
+    z = z if z.dtype == torch.float64 else z.float()
+    if head.scale != 1.0:
+        z = z * head.scale
+    slope = None
+    if head.softcap is not None:
+        z = torch.tanh(z / head.softcap)
+        slope = 1 - z * z
+        z = z * head.softcap
+    lse = z.logsumexp(1, keepdim=True)
+    nll_N = (lse - z.gather(1, labels))[:, 0]
+    if not needs_grad:
+        return nll_N, None
+    z.sub_(lse).exp_()  # softmax, in place of the logits
+    z.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=z.dtype))
+    if slope is not None:
+        z.mul_(slope)
+    if head.scale != 1.0:
+        z.mul_(head.scale)
+    return nll_N, z.to(hidden_ND.dtype)
 
 
 class _ChunkedNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, labels_N: Tensor, head: Head, rows: int) -> Tensor:
         needs_grad = hidden_ND.requires_grad
-        nll_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_ND.device)
-        if hidden_ND.dtype == torch.float64:
-            nll_N = nll_N.double()
+        nll_N = _losses_like(hidden_ND, labels_N)
         grad_ND = torch.empty_like(hidden_ND) if needs_grad else None
         for start in range(0, len(labels_N), rows):
             piece = slice(start, start + rows)
-            labels = labels_N[piece, None]
-            z = F.linear(hidden_ND[piece], head.weight_VD, head.bias_V)
-            z = z if z.dtype == torch.float64 else z.float()
-            if head.scale != 1.0:
-                z = z * head.scale
-            slope = None
-            if head.softcap is not None:
-                z = torch.tanh(z / head.softcap)
-                slope = 1 - z * z
-                z = z * head.softcap
-            lse = z.logsumexp(1, keepdim=True)
-            nll_N[piece] = (lse - z.gather(1, labels))[:, 0]
-            if grad_ND is not None:
-                z.sub_(lse).exp_()  # softmax, in place of the logits
-                z.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=z.dtype))
-                if slope is not None:
-                    z.mul_(slope)
-                if head.scale != 1.0:
-                    z.mul_(head.scale)
-                grad_ND[piece] = z.to(hidden_ND.dtype) @ head.weight_VD
+            nll_N[piece], dz_NV = _piece(hidden_ND[piece], labels_N[piece], head, needs_grad)
+            if grad_ND is not None and dz_NV is not None:
+                grad_ND[piece] = dz_NV @ head.weight_VD
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND)
         return nll_N
@@ -88,3 +102,56 @@ class _ChunkedNll(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_ND,) = ctx.saved_tensors
         return grad_ND * grad_N[:, None].to(grad_ND.dtype), None, None, None
+
+
+class _TrainedNll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        scale: float,
+        softcap: float | None,
+        rows: int,
+    ) -> Tensor:
+        head = Head(weight_VD, bias_V, scale, softcap)
+        nll_N = _losses_like(hidden_ND, labels_N)
+        ctx.kept, ctx.rows, ctx.how = None, rows, (scale, softcap)
+        for start in range(0, len(labels_N), rows):
+            piece = slice(start, start + rows)
+            nll_N[piece], dz_NV = _piece(hidden_ND[piece], labels_N[piece], head, len(labels_N) <= rows)
+            ctx.kept = dz_NV
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N)
+        return nll_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, weight_VD, bias_V, labels_N = ctx.saved_tensors
+        head = Head(weight_VD, bias_V, *ctx.how)
+        wide = torch.promote_types(weight_VD.dtype, torch.float32)  # sums over chunks are not rounded in between
+        dw_VD = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
+        db_V = torch.zeros_like(bias_V, dtype=wide) if ctx.needs_input_grad[2] else None
+        dh_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(labels_N), ctx.rows):
+            piece = slice(start, start + ctx.rows)
+            dz_NV = ctx.kept
+            if dz_NV is None:
+                _, dz_NV = _piece(hidden_ND[piece], labels_N[piece], head, True)
+            assert dz_NV is not None
+            dz_NV = dz_NV * grad_N[piece, None].to(dz_NV.dtype)
+            if dh_ND is not None:
+                dh_ND[piece] = dz_NV @ weight_VD
+            if dw_VD is not None:
+                dw_VD += dz_NV.mT @ hidden_ND[piece]
+            if db_V is not None:
+                db_V += dz_NV.sum(0)
+        ctx.kept = None
+        dw = None if dw_VD is None else dw_VD.to(weight_VD.dtype)
+        return dh_ND, dw, None if db_V is None else db_V.to(weight_VD.dtype), None, None, None, None
+
+
+def _losses_like(hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
+    dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+    return torch.empty(len(labels_N), dtype=dtype, device=hidden_ND.device)

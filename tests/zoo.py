@@ -42,6 +42,10 @@ WORDS = ("apple", "stone", "river", "cloud", "horse", "bread")
 SIZES = {"few": 2, "many": 5, "some": 3}  # rows of each client: other numbers of steps, ragged batches
 
 
+class UnknownName(Exception):
+    """A table of study/build.py has a name that a recipe (study/blocks.py, settings.py, methods.py) does not know."""
+
+
 class Case(NamedTuple):
     """A recipe, as the values that it is made of."""
 
@@ -187,19 +191,28 @@ def values_of(method: str, kind: str | None = None, **more: Any) -> dict[str, An
 def refusal(values: Mapping[str, Any]) -> str | None:
     """Why a recipe of these values is refused, as a user reads it; None where it is taken.
 
-    Only objections to the composition count: a value that a recipe does not know at all is raised.
+    Only objections to the composition count: a value that a recipe does not know at all raises UnknownName.
     """
     try:
         recipe = Recipe.model_validate(values)
         build.algorithm_of(recipe)
         build.adapter_of(new_base(), recipe)
     except ValidationError as error:
-        if any(one["type"] != "value_error" or one["loc"] for one in error.errors()):
-            raise
+        wrong = [one for one in error.errors() if one["type"] != "value_error" or one["loc"]]
+        if wrong:
+            raise UnknownName("; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in wrong)) from error
         return "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
     except UserError as error:
         return error.message
     return None
+
+
+def problem(values: Mapping[str, Any]) -> str | None:
+    """`refusal`, with unknown names as a reason, too."""
+    try:
+        return refusal(values)
+    except UnknownName as error:
+        return f"the recipe does not know it: {error}"
 
 
 def reached(recipe: Recipe) -> set[str]:
@@ -252,12 +265,12 @@ def cases() -> Iterator[Case]:
     for method in METHODS:
         values = values_of(method)
         yield Case(method, values)
-        if refusal(values) is None:
+        if problem(values) is None:
             done |= reached(Recipe.model_validate(values))
     for table, names in tables().items():
         for name in names:
             if f"{table}/{name}" not in done:
                 values = values_of("fedavg", **merged(alone(table, name), NEEDS.get(f"{table}/{name}", {})))
                 yield Case(f"{table} {name}", values)
-                if refusal(values) is None:
+                if problem(values) is None:
                     done |= reached(Recipe.model_validate(values))

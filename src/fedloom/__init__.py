@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedloom.adapters import Lora, lora, p_tuning, prefix_tuning, prompt_tuning
+    from fedloom.adapters import Lora, full, lora, p_tuning, prefix_tuning, prompt_tuning
     from fedloom.aggregates import fedex_lora, flex_lora, flora, het_lora, mean
     from fedloom.clients import alternate, local_only, sgd_client, split_personal
     from fedloom.data import Federation, population, prepare
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "fedloom.adapters": ("Lora", "lora", "p_tuning", "prefix_tuning", "prompt_tuning"),
+    "fedloom.adapters": ("Lora", "full", "lora", "p_tuning", "prefix_tuning", "prompt_tuning"),
     "fedloom.aggregates": ("fedex_lora", "flex_lora", "flora", "het_lora", "mean"),
     "fedloom.clients": ("alternate", "local_only", "sgd_client", "split_personal"),
     "fedloom.data": ("Federation", "population", "prepare"),
@@ -101,6 +101,7 @@ __all__ = [
     "fedex_lora",
     "flex_lora",
     "flora",
+    "full",
     "het_lora",
     "initial_state",
     "load_base",

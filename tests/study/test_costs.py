@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedloom.adapters import lora, p_tuning, prefix_tuning, prompt_tuning
+from fedloom.adapters import full, lora, p_tuning, prefix_tuning, prompt_tuning
 from fedloom.data.batches import Batches
 from fedloom.data.tokens import Example
 from fedloom.models.load import load_base, random_base
@@ -31,6 +31,7 @@ KINDS = {
     "prompt_tuning": (0.02, lambda model: prompt_tuning(model, num_virtual_tokens=20)),
     "p_tuning": (0.02, lambda model: p_tuning(model, num_virtual_tokens=20)),
     "prefix_tuning": (0.05, lambda model: prefix_tuning(model, num_virtual_tokens=20)),
+    "full": (0.02, full),
 }
 
 

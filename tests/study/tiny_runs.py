@@ -73,7 +73,8 @@ def outcome(run: Path) -> dict[str, Any]:
     for line in lines:
         for name in ("seconds", "tokens_per_second", "slowest", "communication_seconds"):
             line.pop(name, None)
-    return {"result": result, "rounds": lines, "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes()}
+    [weights] = [*run.glob("adapter/*.safetensors"), *run.glob("model/*.safetensors")]
+    return {"result": result, "rounds": lines, "adapter": weights.read_bytes()}
 
 
 class Signals(Silent):

@@ -313,7 +313,9 @@ def next_commands(result: Mapping[str, Any] | None, run: Path) -> list[str]:
     commands = []
     if result is None or result.get("status") != "done":
         commands.append(f"fedloom run --resume {folder}")
-    if (run / "adapter").is_dir():
+    if (run / "model").is_dir():  # the whole model, ready for others as it is
+        commands.append(f"fedloom chat {folder}")
+    elif (run / "adapter").is_dir():
         commands.append(f"fedloom chat {folder}")
         commands.append(f"fedloom export {folder} {shlex.quote(str(run) + '-merged')} --format merged")
     commands.append(f"fedloom report {folder}")

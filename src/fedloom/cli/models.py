@@ -169,7 +169,9 @@ def export(
     kind: Annotated[
         ExportFormat,
         typer.Option(
-            "--format", help="lora: a PEFT adapter folder, of whatever kind; merged: a model with LoRA in its weights."
+            "--format",
+            help="lora: a PEFT adapter folder, of whatever kind; merged: a model with it in its weights. "
+            "A run that trained the model's own weights has a model only.",
         ),
     ] = ExportFormat.lora,
     model: Model = None,

@@ -156,9 +156,18 @@ def open_target(
     if checkpoint is not None:
         about |= {"checkpoint": checkpoint}
         home = None if home is None else home / checkpoint
-    weights = hashlib.sha256((tuned.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    weights = _sha256_of(sorted(tuned.folder.glob("*.safetensors")))
     about |= {"base": tuned.base.name, "dtype": _dtype(tuned.base), "measured": "tuned", "adapter_sha256": weights}
     return Target(name, kind, tuned.base, tuned.adapter, tuned.tree, layout, home, about)
+
+
+def _sha256_of(files: Sequence[Path]) -> str:
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while piece := opened.read(2**20):
+                whole.update(piece)
+    return whole.hexdigest()
 
 
 def _dtype(base: Base) -> str:

@@ -135,7 +135,8 @@ class AdapterRecipe(Block):
     kind: AdapterKind = Field(
         "lora",
         description="The kind of adapter: `lora` on layers, or virtual tokens before every text: `prompt_tuning`, "
-        "`p_tuning` (made by a small encoder), `prefix_tuning` (keys and values in every layer).",
+        "`p_tuning` (made by a small encoder), `prefix_tuning` (keys and values in every layer); or the model's own "
+        "weights: `full` (all of them).",
     )
     lora_r: Annotated[int, Field(ge=1)] | None = Field(None, description="Rank. Default 8. Only for lora.")
     lora_alpha: Annotated[float, Field(gt=0)] | None = Field(
@@ -177,7 +178,9 @@ class ClientRecipe(Block):
     """One client's work in one round."""
 
     kind: Literal["sgd"] = Field("sgd", description="The local algorithm: steps of an optimiser on own batches.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="Peak learning rate.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        2e-4, description="Peak learning rate. Default 2e-4, with adapter.kind full 2e-5."
+    )
     optim: ClientOptim = Field("adamw", description="Starts anew in each round.")
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="Default 0.9. Only for momentum.")
     weight_decay: Annotated[float, Field(ge=0)] | None = Field(

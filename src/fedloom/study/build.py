@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedloom.adapters import lora, p_tuning, prefix_tuning, prompt_tuning
+from fedloom.adapters import full, lora, p_tuning, prefix_tuning, prompt_tuning
 from fedloom.aggregates import fedex_lora, flex_lora, flora, het_lora, mean
 from fedloom.clients import alternate, error_feedback, local_only, sgd_client, split_personal
 from fedloom.compress import cast, low_rank, quantize, random_k, top_k, zstd
@@ -17,7 +17,7 @@ from fedloom.data.batches import steps_per_epoch
 from fedloom.data.clients import Clients, population
 from fedloom.data.federation import ClientData, Federation
 from fedloom.data.tokens import pad_id_of
-from fedloom.models.load import Base
+from fedloom.models.load import Base, load_tokenizer
 from fedloom.optimizers import Optimizer, adagrad, adam, adamw, decay, sgd, yogi
 from fedloom.rounds import Sampling
 from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dropout, with_ranks
@@ -43,6 +43,7 @@ from fedloom.types import (
 POOLED = "pooled"  # the one client of the global arm
 CPU_NUMBERS_PER_PASS = 640_000  # tokens x hidden size: beyond it a wider pass loses on a CPU (benchmarks/throughput)
 GPU_TOKENS_PER_PASS = 32_768
+WEIGHTS_PER_PASS = 32_000_000  # trained numbers of all clients in a pass: each has its own, its gradient, its optimiser
 
 # Shares of clients with an eighth, a quarter, half and all of the adapter's rank.
 RANK_MIXES: Mapping[str, tuple[float, ...]] = {
@@ -116,6 +117,10 @@ def prefix_of(base: Base, recipe: AdapterRecipe) -> Adapter:
     return prefix_tuning(base.model, num_virtual_tokens=recipe.num_virtual_tokens or 20, base_name=base.name)
 
 
+def full_of(base: Base, recipe: AdapterRecipe) -> Adapter:
+    return full(base.model, save_tokenizer=lambda path: load_tokenizer(base.name, pad=False).save_pretrained(path))
+
+
 def scale_of(recipe: Recipe) -> float:
     """What LoRA multiplies B A by, at the full rank."""
     return _given(recipe.adapter.lora_alpha) / _given(recipe.adapter.lora_r)
@@ -166,6 +171,7 @@ ADAPTERS: Mapping[str, Callable[[Base, AdapterRecipe], Adapter]] = {
     "prompt_tuning": prompt_of,
     "p_tuning": p_tuning_of,
     "prefix_tuning": prefix_of,
+    "full": full_of,
 }
 
 CLIENTS: Mapping[str, Callable[[Recipe, int], ClientUpdate]] = {"sgd": sgd_of}
@@ -305,6 +311,8 @@ def width_of(recipe: Recipe, federation: Federation, base: Base) -> int:
     hidden_size = int(getattr(base.model.config, "hidden_size", 1024))
     room = CPU_NUMBERS_PER_PASS // hidden_size if base.device.type == "cpu" else GPU_TOKENS_PER_PASS
     wanted = int(room // max(1.0, typical * recipe.client.per_device_train_batch_size))
+    if recipe.adapter.kind == "full":
+        wanted = min(wanted, WEIGHTS_PER_PASS // base.num_parameters)
     return max(1, min(wanted, len(federation.clients)))
 
 

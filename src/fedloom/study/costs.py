@@ -3,10 +3,12 @@
 FLOPs are an estimate in closed form. A multiplication and an addition are two; only matrix products are counted. With
 T tokens through the model, M of them targets of the loss, and P the sum over rows of (tokens in the row)^2:
 
-    2 F T      the frozen matrices, forward (F: their parameters, embeddings and output head aside)
-    2 G T      activations' gradients back through them (G: those that a gradient has to pass; frozen, so no dW)
-    6 N T      the adapter: forward, and two products backward (N: trainable parameters)
-    4 H M      the output head at the targets, forward and back (H: its parameters; nothing else is looked at there)
+    2 F T      the model's matrices, forward (F: their parameters, embeddings and output head aside)
+    2 G T      activations' gradients back through them (G: those that a gradient has to pass)
+    2 W T      gradients of the model's own matrices that are trained (W: their parameters; all of F in full tuning)
+    6 N T      the adapter: forward, and two products backward (N: parameters that it adds)
+    4 H M      the output head at the targets, forward and back (H: its parameters; nothing else is looked at there);
+               6 H M where it is trained itself
    12 L D P    attention: scores and mixtures, forward and twice backward (L layers, D = heads x head size; the masked
                half is counted, as torch's counter does)
 
@@ -88,17 +90,21 @@ def work_of(batches: Batches) -> Work:
 def training_flops(adapter: Adapter, params: Tree) -> Flops:
     """The formula's factors for an adapter on its model.
 
-    Which frozen matrices a gradient passes through is found by a forward pass of a few tokens.
+    Which matrices a gradient passes through, and which are trained, is found by a forward pass of a few tokens.
     """
     model: Any = adapter.model
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     whole = getattr(getattr(adapter, "causal", None), "head", None) is None  # then it works on every position
-    forward, backward = 0, 0
-    for layer, passes in _matrices(adapter, params):
-        if layer is not head:
+    forward = backward = 0
+    head_is_trained = False
+    for layer, (passes, trained) in _matrices(adapter, params):
+        if layer is head:
+            head_is_trained = trained
+        else:
             forward += layer.weight.numel()
-            backward += layer.weight.numel() if passes else 0
-    own = float(num_elements(params))
+            backward += layer.weight.numel() * (passes + trained)
+    own_names = {name for name, _ in model.named_parameters()}
+    own = float(num_elements({name: leaf for name, leaf in params.items() if name not in own_names}))
     virtual: Any = getattr(adapter, "virtual", None)
     number, in_cache = (0, False) if virtual is None else (int(virtual.number), bool(virtual.in_cache))
     weight = getattr(head, "weight", None)
@@ -109,7 +115,7 @@ def training_flops(adapter: Adapter, params: Tree) -> Flops:
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
     per_token = 2.0 * forward + 2.0 * backward + (6.0 * own if virtual is None else 0.0)
     encoder = 0.0 if virtual is None or in_cache else 6.0 * number * _encoder_elements(params)
-    per_target = 4.0 * head_size
+    per_target = (6.0 if head_is_trained else 4.0) * head_size
     if whole:
         per_token, per_target = per_token + per_target, 0.0
     pair = 12.0 * layers * heads * int(size)
@@ -121,14 +127,16 @@ def _encoder_elements(params: Tree) -> int:
     return sum(leaf.numel() for name, leaf in params.items() if leaf.ndim == 2 and "embedding" not in name)
 
 
-def _matrices(adapter: Adapter, params: Tree) -> Iterator[tuple[Any, bool]]:
-    """The model's linear layers that a forward pass uses, and whether a gradient goes back through each."""
-    seen: dict[nn.Module, bool] = {}
+def _matrices(adapter: Adapter, params: Tree) -> Iterator[tuple[Any, tuple[bool, bool]]]:
+    """The linear layers that a forward pass uses: does a gradient go back through each, is its weight trained."""
+    seen: dict[nn.Module, tuple[bool, bool]] = {}
 
     def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        seen[layer] = seen.get(layer, False) or bool(args[0].requires_grad)
+        before, weight = seen.get(layer, (False, False)), layer.weight
+        assert isinstance(weight, Tensor)
+        seen[layer] = (before[0] or bool(args[0].requires_grad), bool(weight.requires_grad))
 
-    leaves = {name: leaf[None].detach().clone() for name, leaf in params.items()}
+    leaves = {name: leaf[None].detach() for name, leaf in params.items()}
     leaves = {name: leaf.requires_grad_() if leaf.is_floating_point() else leaf for name, leaf in leaves.items()}
     device = next(iter(leaves.values())).device
     vocabulary = int(getattr(adapter.model.config, "vocab_size", _PROBE_TOKENS))

@@ -5,6 +5,7 @@
               result.json                       the outcome, when there is one
               facts.json                        what is known from the start: model, data report, versions
               adapter/                          a PEFT folder
+              model/                            in its place, where the model's own weights were trained
               checkpoints/ARM/round_00012/      see `fedloom.study.checkpoint`
               stages/ARM.json                   an arm that is done
               report.html, log.txt
@@ -412,6 +413,10 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
 
     @property
     def report(self) -> Path:

@@ -33,6 +33,7 @@ from fedloom.study.methods import METHODS, Method
 from fedloom.study.objections import is_builtin, objections
 from fedloom.study.settings import (
     ADAPTER_DEFAULTS,
+    ADAPTER_LEARNING_RATES,
     CLIENT_OPTIM_DEFAULTS,
     COMPRESS_DEFAULTS,
     DEFAULT_CLIENTS,
@@ -171,6 +172,8 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
 
     adapter = filled["adapter"]
     settle(adapter, row(ADAPTER_DEFAULTS, adapter.get("kind", "lora")))
+    if adapter.get("kind") in ADAPTER_LEARNING_RATES:
+        settle(client, {"learning_rate": ADAPTER_LEARNING_RATES[adapter["kind"]]})
     settle(client, row(CLIENT_OPTIM_DEFAULTS, client.get("optim", "adamw")))
     if client.get("lr_scheduler_type", "cosine") in ("linear", "cosine"):
         settle(client, {"min_lr_ratio": 0.0})

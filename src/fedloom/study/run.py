@@ -642,14 +642,16 @@ class _Runner:
         }
 
     def _export(self, state: State) -> None:
-        """The adapter folder appears whole or not at all."""
-        self.session.adapter.sync(state.base)
-        temporary = temporary_beside(self.folder.adapter)
+        """The adapter's folder, or the model's where that is what was trained, appears whole or not at all."""
+        adapter = self.session.adapter
+        adapter.sync(state.base)
+        place = self.folder.model if getattr(adapter, "whole_model", False) else self.folder.adapter
+        temporary = temporary_beside(place)
         try:
-            self.session.adapter.export(state.params, temporary)
-            if self.folder.adapter.exists():
-                shutil.rmtree(self.folder.adapter)
-            temporary.rename(self.folder.adapter)
+            adapter.export(state.params, temporary)
+            if place.exists():
+                shutil.rmtree(place)
+            temporary.rename(place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

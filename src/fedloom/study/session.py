@@ -303,6 +303,8 @@ def _adapter_said(recipe: Recipe) -> str:
     adapter = recipe.adapter
     if adapter.kind == "lora":
         return f"lora r {adapter.lora_r}"
+    if adapter.kind == "full":
+        return "full, every weight of the model"
     return f"{adapter.kind}, {adapter.num_virtual_tokens} virtual tokens"
 
 

@@ -9,7 +9,7 @@ Arm = Literal["base", "local", "federated", "global"]
 SplitKind = Literal["iid", "dirichlet", "shards", "quantity_skew", "by_category", "by_column", "files", "natural"]
 ClientOptim = Literal["adamw", "adam", "sgd", "momentum", "yogi", "adagrad"]
 ServerOptim = Literal["momentum", "adam", "yogi", "adagrad"]
-AdapterKind = Literal["lora", "prompt_tuning", "p_tuning", "prefix_tuning"]
+AdapterKind = Literal["lora", "prompt_tuning", "p_tuning", "prefix_tuning", "full"]
 RankMix = Literal["same", "heavy_tail", "normal", "uniform"]
 Compression = Literal["top_k", "random_k", "low_rank", "float16", "bfloat16", "quantize", "zstd"]
 DownCompression = Literal["float16", "bfloat16", "quantize", "zstd"]
@@ -27,7 +27,11 @@ ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "prompt_tuning": {"num_virtual_tokens": 20, "prompt_tuning_init_text": None},
     "p_tuning": {"num_virtual_tokens": 20, "encoder_reparameterization_type": "mlp", "encoder_hidden_size": None},
     "prefix_tuning": {"num_virtual_tokens": 20},
+    "full": {},
 }
+
+# Learning rates of kinds whose usual one is not that of small new parts (client.learning_rate's own default).
+ADAPTER_LEARNING_RATES: Mapping[str, float] = {"full": 2e-5}
 
 # The settings each way of compressing has, in the order in which messages go through them.
 COMPRESS_ORDER = (("top_k", "random_k", "low_rank"), ("float16", "bfloat16", "quantize"), ("zstd",))

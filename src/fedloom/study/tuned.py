@@ -105,7 +105,7 @@ class Tuned:
 def open_tuned(
     run: Path, *, model: str | None = None, dtype: str | None = None, checkpoint: Which | None = None
 ) -> Tuned:
-    """Open a run folder, or a PEFT adapter folder.
+    """Open a run folder, a PEFT adapter folder, or the model folder of a run that trained the model's own weights.
 
     Args:
         model: the base, where it now lies elsewhere than the run or the adapter says.
@@ -120,7 +120,10 @@ def open_tuned(
     name_said, settings = ("", None) if folder is None else _settings(folder)
     if folder is None and recipe is None:
         raise UserError(f"{run} is no run, so it has no checkpoints", "leave --checkpoint out", "checkpoint.none")
-    name = model or (recipe.model if recipe is not None else name_said)
+    whole = folder is not None and is_model(folder)  # nothing of the base is needed
+    if whole and model is not None:
+        raise UserError(f"{folder} is a model itself: --model {model} has no meaning", "leave --model out", "eval.base")
+    name = model or (recipe.model if recipe is not None and not whole else name_said)
     if not name:
         raise UserError(f"{folder} does not say which model it is for", "name it: --model FOLDER", "adapter.base")
     base = load_base(
@@ -138,7 +141,7 @@ def open_tuned(
         _, settings = _settings(folder)
     # The folder's own rank and targets: a run that merged into the base exports more than the recipe's rank.
     adapter = adapter_of(base, Recipe(model=name, data=DataRecipe(path="-"), adapter=settings, local_steps=1))
-    tree = load_tree(adapter, folder)
+    tree = adapter.init(0) if whole else load_tree(adapter, folder)
     facts: Mapping[str, Any] = RunFolder.look(run).read_facts() if recipe is not None else {}
     return Tuned(
         folder,
@@ -196,15 +199,17 @@ def base_name_of(run: Path) -> str:
 
 
 def adapter_folder(run: Path) -> Path:
-    """Where a run's adapter lies.
+    """Where a run's adapter lies, or its model where that is what was trained.
 
     Raises:
         UserError: there is none; the message names runs that have one.
     """
-    if (run / "adapter_config.json").is_file():
+    if (run / "adapter_config.json").is_file() or is_model(run):
         return run
     if (run / "adapter" / "adapter_config.json").is_file():
         return run / "adapter"
+    if is_model(run / "model"):
+        return run / "model"
     if not run.is_dir():
         RunFolder.look(run)  # no such folder at all: says which runs there are
     nearby = [other for other in find_runs(run.parent) or find_runs(Path("runs")) if (other / "adapter").is_dir()]
@@ -215,6 +220,11 @@ def adapter_folder(run: Path) -> Path:
         f"fedloom run --resume {run}" if unfinished else "the arms of the recipe must have federated or global",
         "adapter.missing",
     )
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a whole model, and no adapter."""
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
 
 
 def load_tree(adapter: Adapter, folder: Path) -> Tree:
@@ -248,7 +258,9 @@ _PEFT_SETTINGS: Mapping[str, Callable[[Mapping[str, Any]], AdapterRecipe]] = {
 
 
 def _settings(folder: Path) -> tuple[str, AdapterRecipe]:
-    """(base model, settings) that a PEFT adapter folder says."""
+    """(base model, settings) that a PEFT adapter folder says. A model is its own base, with every weight as trained."""
+    if is_model(folder):
+        return str(folder), AdapterRecipe(kind="full")
     path = folder / "adapter_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

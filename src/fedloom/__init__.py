@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedloom.adapters import Lora, full, lora, p_tuning, prefix_tuning, prompt_tuning
-    from fedloom.aggregates import fedex_lora, flex_lora, flora, het_lora, mean
-    from fedloom.clients import alternate, local_only, sgd_client, split_personal
+    from fedloom.aggregates import fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
+    from fedloom.clients import (
+        alternate,
+        fednova_client,
+        local_only,
+        scaffold_client,
+        sgd_client,
+        split_personal,
+        tells_start_loss,
+        with_control,
+    )
     from fedloom.data import Federation, population, prepare
     from fedloom.errors import FedloomError, RunError, UserError
     from fedloom.models.load import Base, load_base
@@ -20,7 +29,7 @@ if TYPE_CHECKING:
     from fedloom.rounds import Sampling, federate, initial_state, run_round
     from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dropout, with_ranks
     from fedloom.seeds import seed_of
-    from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, optimize, replace
+    from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, nesterov, optimize, replace
     from fedloom.study.blocks import DataRecipe, SplitRecipe
     from fedloom.study.recipe import Recipe, load_recipe
     from fedloom.study.run import run_recipe
@@ -39,8 +48,26 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "fedloom.adapters": ("Lora", "full", "lora", "p_tuning", "prefix_tuning", "prompt_tuning"),
-    "fedloom.aggregates": ("fedex_lora", "flex_lora", "flora", "het_lora", "mean"),
-    "fedloom.clients": ("alternate", "local_only", "sgd_client", "split_personal"),
+    "fedloom.aggregates": (
+        "fedex_lora",
+        "fednova",
+        "flex_lora",
+        "flora",
+        "het_lora",
+        "mean",
+        "q_fedavg",
+        "scaffold",
+    ),
+    "fedloom.clients": (
+        "alternate",
+        "fednova_client",
+        "local_only",
+        "scaffold_client",
+        "sgd_client",
+        "split_personal",
+        "tells_start_loss",
+        "with_control",
+    ),
     "fedloom.data": ("Federation", "population", "prepare"),
     "fedloom.errors": ("FedloomError", "RunError", "UserError"),
     "fedloom.models.load": ("Base", "load_base"),
@@ -48,7 +75,7 @@ _HOMES = {
     "fedloom.rounds": ("Sampling", "federate", "initial_state", "run_round"),
     "fedloom.runtimes": ("ClientSite", "batched", "loopback", "sequential", "with_dropout", "with_ranks"),
     "fedloom.seeds": ("seed_of",),
-    "fedloom.servers": ("fed_adagrad", "fed_adam", "fed_avgm", "fed_yogi", "optimize", "replace"),
+    "fedloom.servers": ("fed_adagrad", "fed_adam", "fed_avgm", "fed_yogi", "nesterov", "optimize", "replace"),
     "fedloom.study.recipe": ("DataRecipe", "Recipe", "SplitRecipe", "load_recipe"),
     "fedloom.study.run": ("run_recipe",),
     "fedloom.types": (
@@ -99,6 +126,8 @@ __all__ = [
     "fed_yogi",
     "federate",
     "fedex_lora",
+    "fednova",
+    "fednova_client",
     "flex_lora",
     "flora",
     "full",
@@ -110,20 +139,26 @@ __all__ = [
     "loopback",
     "lora",
     "mean",
+    "nesterov",
     "optimize",
     "p_tuning",
     "population",
     "prefix_tuning",
     "prepare",
     "prompt_tuning",
+    "q_fedavg",
     "replace",
     "run_recipe",
     "run_round",
+    "scaffold",
+    "scaffold_client",
     "seed_of",
     "sequential",
     "sgd",
     "sgd_client",
     "split_personal",
+    "tells_start_loss",
+    "with_control",
     "with_dropout",
     "with_ranks",
     "yogi",

@@ -2,8 +2,21 @@
 
 from fedloom.clients.alternate import alternate
 from fedloom.clients.error_feedback import error_feedback
+from fedloom.clients.fednova import fednova_client
 from fedloom.clients.local_only import local_only
+from fedloom.clients.scaffold import scaffold_client, with_control
 from fedloom.clients.sgd import sgd_client
 from fedloom.clients.split_personal import split_personal
+from fedloom.clients.start_loss import tells_start_loss
 
-__all__ = ["alternate", "error_feedback", "local_only", "sgd_client", "split_personal"]
+__all__ = [
+    "alternate",
+    "error_feedback",
+    "fednova_client",
+    "local_only",
+    "scaffold_client",
+    "sgd_client",
+    "split_personal",
+    "tells_start_loss",
+    "with_control",
+]

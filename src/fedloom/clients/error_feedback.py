@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fedloom.ops.names import TOLD, apart
 from fedloom.tree import client_of, stack
 from fedloom.types import FIXED, Batch, ClientUpdate, LossFn, Site, Transform, Tree
 
@@ -39,6 +40,7 @@ def error_feedback(inner: ClientUpdate, compress: Sequence[Transform]) -> Client
     def finish(broadcast_C: Tree, state: Any) -> tuple[Tree, Tree]:
         work, error_C, sites = state
         delta_C, own_C = inner.finish(broadcast_C, work)
+        told_C, delta_C = apart(delta_C, TOLD)
         meant_C = {name: leaf + error_C[name] for name, leaf in delta_C.items()}
         seen = []
         for i, site in enumerate(sites):
@@ -50,7 +52,8 @@ def error_feedback(inner: ClientUpdate, compress: Sequence[Transform]) -> Client
             seen.append(message)
         seen_C = stack(seen)
         left_C = {name: leaf - seen_C[name].to(leaf) for name, leaf in meant_C.items()}
-        return meant_C, {**own_C, **{ERROR + name: left_C.get(name, leaf) for name, leaf in error_C.items()}}
+        errors_C = {ERROR + name: left_C.get(name, leaf) for name, leaf in error_C.items()}
+        return {**meant_C, **told_C}, {**own_C, **errors_C}
 
     return ClientUpdate(
         init,

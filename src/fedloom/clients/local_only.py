@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fedloom.ops.names import CONTROL
 from fedloom.types import FIXED, Batch, ClientUpdate, LossFn, Site, Tree
 
 
@@ -28,6 +29,6 @@ def local_only(inner: ClientUpdate) -> ClientUpdate:
         return {name: torch.zeros_like(leaf) for name, leaf in delta_C.items()}, own
 
     def personal(params: Tree) -> Tree:
-        return {name: leaf for name, leaf in params.items() if not name.startswith(FIXED)}
+        return {name: leaf for name, leaf in params.items() if not name.startswith((FIXED, CONTROL))}
 
     return ClientUpdate(init, step, finish, personal, model=lambda params, own: {**params, **own})

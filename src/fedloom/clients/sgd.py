@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import RunError
+from fedloom.ops.names import CONTROL
 from fedloom.optimizers import Optimizer, OptimizerState, Schedule, constant
-from fedloom.tree import per_client, sqnorm_C, sub, tmap
+from fedloom.tree import flatten, per_client, sqnorm_C, sub, tmap, unflatten
 from fedloom.types import FIXED, Batch, ClientUpdate, LossFn, Site, Tree
+
+OPTIMIZER = "optimizer/"  # of personal leaves
 
 
 class Local(NamedTuple):
@@ -40,34 +43,46 @@ def sgd_client(
     max_grad_norm: float | None = None,
     accumulation_steps: int = 1,
     trainable: Callable[[str], bool] = everything,
+    keep_optimizer: bool = False,
 ) -> ClientUpdate:
-    """Local steps of an optimiser that starts anew each round; the upload is what was trained.
+    """Local steps of an optimiser; the upload is what was trained.
 
     Args:
-        optimizer: makes the steps; its state is per client and does not outlive the round.
+        optimizer: makes the steps; its state is per client.
         schedule: factor on the learning rate by the number of rounds done, so it runs over the whole run.
         prox_mu: FedProx's mu (Li et al. 2020, Eq. 2): adds mu / 2 ||w - w0||^2 to each client's loss.
         max_grad_norm: clips each client's own gradient, as `torch.nn.utils.clip_grad_norm_` does.
         accumulation_steps: a batch is worked off in so many pieces; the step is that of the whole batch (its mean over
             answer tokens), and the number of optimiser steps stays the same.
         trainable: by parameter name; what is not trained is not sent.
+        keep_optimizer: the optimiser's state stays with the client from round to round, as DiLoCo has it; else the
+            optimiser starts anew each round.
     """
 
     def is_trained(name: str) -> bool:
-        return not name.startswith(FIXED) and trainable(name)
+        return not name.startswith((FIXED, CONTROL)) and trainable(name)
+
+    def personal(params: Tree) -> Tree:
+        if not keep_optimizer:
+            return {}
+        first = optimizer.init({name: leaf[None] for name, leaf in params.items() if is_trained(name)})
+        return {OPTIMIZER + name: leaf[0] for name, leaf in flatten(first).items()}
 
     def init(broadcast_C: Tree, personal_C: Tree, sites: Sequence[Site]) -> Local:
         free = {name: leaf for name, leaf in broadcast_C.items() if is_trained(name)}
         if not free:
             raise RunError("no parameter is trainable at the clients", code="client.nothing_trainable")
         device = next(iter(free.values())).device
+        opt = optimizer.init(free)
+        if keep_optimizer:
+            opt = unflatten(opt, {name.removeprefix(OPTIMIZER): leaf for name, leaf in personal_C.items()})
 
         def per_site(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.float64, device=device)
 
         return Local(
             broadcast_C,
-            optimizer.init(free),
+            opt,
             broadcast_C if prox_mu else None,
             per_site([site.round for site in sites]),
             per_site([0 for _ in sites]),
@@ -89,9 +104,11 @@ def sgd_client(
         return state._replace(params={**state.params, **moved}, opt=opt, step_C=state.step_C + 1)
 
     def finish(broadcast_C: Tree, state: Local) -> tuple[Tree, Tree]:
-        return {name: leaf - broadcast_C[name] for name, leaf in state.params.items() if is_trained(name)}, {}
+        return {name: leaf - broadcast_C[name] for name, leaf in state.params.items() if is_trained(name)}, (
+            {OPTIMIZER + name: leaf for name, leaf in flatten(state.opt).items()} if keep_optimizer else {}
+        )
 
-    return ClientUpdate(init, step, finish)
+    return ClientUpdate(init, step, finish, personal)
 
 
 def gradients(loss: LossFn, params: Tree, free: Tree, batch_CBT: Batch, pieces: int = 1) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fedloom.ops.names import TOLD
 from fedloom.types import FIXED, Batch, ClientUpdate, LossFn, Site, Tree
 
 
@@ -33,6 +34,6 @@ def split_personal(inner: ClientUpdate, shared: Callable[[str], bool]) -> Client
         work, kept_C = state
         delta_C, _ = inner.finish({**broadcast_C, **kept_C}, work)
         own_C = {name: leaf + delta_C[name] if name in delta_C else leaf for name, leaf in kept_C.items()}
-        return {name: leaf for name, leaf in delta_C.items() if shared(name)}, own_C
+        return {name: leaf for name, leaf in delta_C.items() if shared(name) or name.startswith(TOLD)}, own_C
 
     return ClientUpdate(init, step, finish, personal, model=lambda params, own: {**params, **own})

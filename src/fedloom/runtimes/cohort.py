@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedloom.errors import FedloomError, RunError
+from fedloom.ops.names import TOLD, apart
 from fedloom.runtimes import payload as sides
 from fedloom.seeds import seed_of
 from fedloom.tree import client_of, prefix, stack, write_prefix
@@ -22,6 +23,7 @@ from fedloom.types import (
     Algorithm,
     Batch,
     Client,
+    ClientUpdate,
     Evaluation,
     LossFn,
     Metrics,
@@ -144,12 +146,23 @@ def train_block(
     seconds = time.perf_counter() - start
     return [
         (
-            adapter.widen(client_of(delta_C, i), client),
+            _widened(adapter, client_of(delta_C, i), client),
             {name: leaf.clone() for name, leaf in client_of(own_C, i).items()},
             metrics,
         )
         for i, (client, metrics) in enumerate(zip(block, record.metrics(seconds), strict=True))
     ]
+
+
+def _widened(adapter: Adapter, delta: Tree, client: Client) -> Tree:
+    told, moved = apart(delta, TOLD)
+    return {**adapter.widen(moved, client), **told}
+
+
+def has_own_model(update: ClientUpdate, params: Tree) -> bool:
+    """Whether a client's own model differs from the broadcast; personal state may be for training alone."""
+    personal = update.personal(params)
+    return bool(personal) and update.model(params, personal) is not params
 
 
 def _shared(trees: list[Tree], block: Sequence[Client]) -> list[Tree]:
@@ -215,6 +228,7 @@ class Record:
                 bad_C.copy_(torch.where(torch.isfinite(sums_C) | (bad_C > 0), bad_C, torch.full_like(bad_C, step)))
             return loss_C
 
+        watched.__wrapped__ = loss  # type: ignore[attr-defined]  # for what is no training: inspect.unwrap
         return watched
 
     def metrics(self, seconds: float) -> list[dict[str, float] | RunError]:

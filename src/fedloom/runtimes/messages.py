@@ -14,7 +14,7 @@ from typing import Any
 from fedloom import wire
 from fedloom.errors import FedloomError, RunError
 from fedloom.runtimes import payload as sides
-from fedloom.runtimes.cohort import client_model, train_block
+from fedloom.runtimes.cohort import client_model, has_own_model, train_block
 from fedloom.tree import stack
 from fedloom.types import (
     Adapter,
@@ -116,7 +116,7 @@ class ClientSite:
         algorithm, adapter = self._parts()
         state = self._state(message)
         adapter.sync(state.base)
-        own = bool(algorithm.client.personal(state.params))
+        own = has_own_model(algorithm.client, state.params)
         client = Client(self.client, (), rank=self.rank if own else None)
         tree = client_model(algorithm, adapter, state, client)
         (metrics,) = self._evaluations[message.header["evaluation"]].run(adapter, stack([tree]), [client])

@@ -10,6 +10,7 @@ import torch
 
 from fedloom import wire
 from fedloom.errors import RunError
+from fedloom.ops.names import TOLD, apart
 from fedloom.tree import all_finite
 from fedloom.types import Algorithm, Metrics, Site, State, Tree, Upload
 
@@ -72,12 +73,14 @@ def client_payload(algorithm: Algorithm, params: Tree, delta: Tree, weight: floa
     Raises:
         RunError: there is nothing to send, or it is not finite.
     """
-    if not delta:
-        raise RunError("its upload holds no parameter", code="client.empty")
     if not all_finite(delta):
         raise RunError("its update is not finite", code="client.nonfinite")
+    told, sent = apart(delta, TOLD)
+    if not sent:
+        raise RunError("its upload holds no parameter", code="client.empty")
     for transform in algorithm.compress:
-        delta = transform.encode(delta, site)
+        sent = dict(transform.encode(sent, site))
+    delta = {**sent, **told}
     if not algorithm.protect:
         return delta
     tree = algorithm.aggregate.lift(params, _decompressed(algorithm, delta, site), weight).tree
@@ -106,9 +109,10 @@ def weight_of(algorithm: Algorithm, weight: float) -> float:
 
 
 def _decompressed(algorithm: Algorithm, delta: Tree, site: Site) -> Tree:
+    told, sent = apart(delta, TOLD)
     for transform in reversed(algorithm.compress):
-        delta = transform.decode(delta, site)
-    return delta
+        sent = dict(transform.decode(sent, site))
+    return {**sent, **told}
 
 
 def summed(rows: Mapping[str, Metrics]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from fedloom.runtimes.cohort import has_own_model
 from fedloom.types import Adapter, Algorithm, Client, Evaluation, Metrics, Runtime, State, Trained
 
 
@@ -19,7 +20,7 @@ def with_ranks(inner: Runtime, rank_of: Callable[[str], int | None]) -> Runtime:
     def evaluate(
         algorithm: Algorithm, adapter: Adapter, state: State, clients: Sequence[Client], evaluation: Evaluation
     ) -> Mapping[str, Metrics]:
-        own = bool(algorithm.client.personal(state.params))
+        own = has_own_model(algorithm.client, state.params)
         return inner.evaluate(algorithm, adapter, state, ranked(clients) if own else clients, evaluation)
 
     return Runtime(train, evaluate)

@@ -177,11 +177,20 @@ class AdapterRecipe(Block):
 class ClientRecipe(Block):
     """One client's work in one round."""
 
-    kind: Literal["sgd"] = Field("sgd", description="The local algorithm: steps of an optimiser on own batches.")
+    kind: Literal["sgd", "scaffold"] = Field(
+        "sgd",
+        description="The local algorithm: steps of an optimiser on own batches; `scaffold` corrects each of them by "
+        "control variates, which travel both ways beside the parameters.",
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         2e-4, description="Peak learning rate. Default 2e-4, with adapter.kind full 2e-5."
     )
-    optim: ClientOptim = Field("adamw", description="Starts anew in each round.")
+    optim: ClientOptim = Field("adamw", description="See optimizer_state for what it remembers.")
+    optimizer_state: Literal["fresh", "kept"] = Field(
+        "fresh",
+        description="`fresh`: the optimiser starts anew in each round. `kept`: its moments stay with the client, as in "
+        "DiLoCo. The local and global arms start anew.",
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="Default 0.9. Only for momentum.")
     weight_decay: Annotated[float, Field(ge=0)] | None = Field(
         None,
@@ -229,15 +238,20 @@ class ClientRecipe(Block):
 class AggregateRecipe(Block):
     """What the sum of uploads means."""
 
-    kind: Literal["mean", "flora", "flex_lora", "fedex_lora", "het_lora"] = Field(
+    kind: Literal["mean", "fednova", "flora", "flex_lora", "fedex_lora", "het_lora"] = Field(
         "mean", description="The rule; docs/papers.md says what each makes of LoRA's factors."
     )
     norm_weighted: bool | None = Field(
         None,
         description="Weigh clients by the norm of what they learnt, not by rows. Default true. Only for het_lora.",
     )
-    weighting: Literal["data", "uniform"] = Field(
-        "data", description="`data` weighs a client by its number of training rows, `uniform` all the same."
+    weighting: Literal["data", "uniform", "loss"] = Field(
+        "data",
+        description="`data` weighs a client by its number of training rows, `uniform` all the same; `loss` is "
+        "q-FedAvg: by rows and by the power fair_q of the loss that the client's round begins with.",
+    )
+    fair_q: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="0 is FedAvg; the larger, the more even the clients. Default 1. Only for weighting loss."
     )
 
 
@@ -278,10 +292,11 @@ class ServerRecipe(Block):
     )
     server_optim: ServerOptim | None = Field(None, description="Required for optimize.")
     server_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Default 1.0 for momentum, 0.01 for adam, yogi and adagrad. Only for optimize."
+        None,
+        description="Default 1.0 for momentum, 0.7 for nesterov, 0.01 for adam, yogi and adagrad. Only for optimize.",
     )
     server_momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="Default 0.9. Only for momentum."
+        None, description="Default 0.9. Only for momentum, nesterov."
     )
     server_beta1: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="Default 0.9, adagrad 0. Only for adam, yogi, adagrad."

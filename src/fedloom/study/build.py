@@ -10,8 +10,18 @@ from typing import Any
 import torch
 
 from fedloom.adapters import full, lora, p_tuning, prefix_tuning, prompt_tuning
-from fedloom.aggregates import fedex_lora, flex_lora, flora, het_lora, mean
-from fedloom.clients import alternate, error_feedback, local_only, sgd_client, split_personal
+from fedloom.aggregates import fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
+from fedloom.clients import (
+    alternate,
+    error_feedback,
+    fednova_client,
+    local_only,
+    scaffold_client,
+    sgd_client,
+    split_personal,
+    tells_start_loss,
+    with_control,
+)
 from fedloom.compress import cast, low_rank, quantize, random_k, top_k, zstd
 from fedloom.data.batches import steps_per_epoch
 from fedloom.data.clients import Clients, population
@@ -23,7 +33,7 @@ from fedloom.rounds import Sampling
 from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dropout, with_ranks
 from fedloom.runtimes import payload as sides
 from fedloom.seeds import seed_of
-from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, replace
+from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, nesterov, replace
 from fedloom.study.blocks import AdapterRecipe, ClientRecipe, CompressRecipe, ServerRecipe
 from fedloom.study.recipe import Recipe
 from fedloom.types import (
@@ -63,6 +73,7 @@ CLIENT_OPTIMIZERS: Mapping[str, Callable[[ClientRecipe], Optimizer]] = {
 
 SERVER_OPTIMIZERS: Mapping[str, Callable[[ServerRecipe], ServerUpdate]] = {
     "momentum": lambda r: fed_avgm(_given(r.server_learning_rate), momentum=_given(r.server_momentum)),
+    "nesterov": lambda r: nesterov(_given(r.server_learning_rate), momentum=_given(r.server_momentum)),
     "adam": lambda r: fed_adam(_given(r.server_learning_rate), **_server_betas(r)),
     "yogi": lambda r: fed_yogi(_given(r.server_learning_rate), **_server_betas(r)),
     "adagrad": lambda r: fed_adagrad(
@@ -77,6 +88,7 @@ SERVERS: Mapping[str, Callable[[ServerRecipe], ServerUpdate]] = {
 
 AGGREGATES: Mapping[str, Callable[[Recipe], Aggregate]] = {
     "mean": lambda r: mean(),
+    "fednova": lambda r: fednova(),
     "flora": lambda r: flora(scale_of(r)),
     "flex_lora": lambda r: flex_lora(),
     "fedex_lora": lambda r: fedex_lora(scale_of(r)),
@@ -131,19 +143,35 @@ def sgd_of(recipe: Recipe, pieces: int = 1) -> ClientUpdate:
     client = recipe.client
 
     def on(*factors: str) -> ClientUpdate:
-        return sgd_client(
-            CLIENT_OPTIMIZERS[client.optim](client),
-            schedule=schedule_of(recipe),
-            prox_mu=client.prox_mu,
-            max_grad_norm=client.max_grad_norm,
-            accumulation_steps=client.gradient_accumulation_steps * pieces,
-            **({"trainable": lambda name: any(factor in name for factor in factors)} if factors else {}),
-        )
+        optimizer, settings = CLIENT_OPTIMIZERS[client.optim](client), local_settings(recipe, pieces, *factors)
+        if recipe.aggregate.kind == "fednova":
+            return fednova_client(optimizer, prox_mu=client.prox_mu, **settings)
+        kept = client.optimizer_state == "kept"
+        return sgd_client(optimizer, prox_mu=client.prox_mu, keep_optimizer=kept, **settings)
 
     if client.trainable == "alternate":
-        return alternate(on("lora_B"), on("lora_A"))
-    update = on() if client.trainable == "all" else on(client.trainable)
-    return update if client.shared == "all" else split_personal(update, lambda name: client.shared in name)
+        update = alternate(on("lora_B"), on("lora_A"))
+    else:
+        update = on() if client.trainable == "all" else on(client.trainable)
+    if client.shared != "all":
+        update = split_personal(update, lambda name: client.shared in name)
+    return tells_start_loss(update) if recipe.aggregate.weighting == "loss" else update
+
+
+def scaffold_of(recipe: Recipe, pieces: int = 1) -> ClientUpdate:
+    client = recipe.client
+    factors = () if client.trainable == "all" else (client.trainable,)
+    return scaffold_client(CLIENT_OPTIMIZERS[client.optim](client), **local_settings(recipe, pieces, *factors))
+
+
+def local_settings(recipe: Recipe, pieces: int, *factors: str) -> dict[str, Any]:
+    """What the clients' updates have in common; of LoRA's factors only those named are trained."""
+    return {
+        "schedule": schedule_of(recipe),
+        "max_grad_norm": recipe.client.max_grad_norm,
+        "accumulation_steps": recipe.client.gradient_accumulation_steps * pieces,
+        **({"trainable": lambda name: any(factor in name for factor in factors)} if factors else {}),
+    }
 
 
 def schedule_of(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -174,24 +202,38 @@ ADAPTERS: Mapping[str, Callable[[Base, AdapterRecipe], Adapter]] = {
     "full": full_of,
 }
 
-CLIENTS: Mapping[str, Callable[[Recipe, int], ClientUpdate]] = {"sgd": sgd_of}
+CLIENTS: Mapping[str, Callable[[Recipe, int], ClientUpdate]] = {"sgd": sgd_of, "scaffold": scaffold_of}
 
 
 def adapter_of(base: Base, recipe: Recipe) -> Adapter:
-    return ADAPTERS[recipe.adapter.kind](base, recipe.adapter)
+    adapter = ADAPTERS[recipe.adapter.kind](base, recipe.adapter)
+    if recipe.client.kind != "scaffold":
+        return adapter
+    trainable = recipe.client.trainable
+    return with_control(adapter, lambda name: trainable == "all" or trainable in name)
 
 
-def algorithm_of(recipe: Recipe, arm: str = "federated", *, pieces: int = 1) -> Algorithm:
+def algorithm_of(
+    recipe: Recipe, arm: str = "federated", *, pieces: int = 1, population_weight: float | None = None
+) -> Algorithm:
     """The composition of one arm. `local` never averages; `global` is the same work done by one client.
 
-    `pieces` is in how many passes the global arm works off a batch (see `global_pieces`).
+    Args:
+        pieces: in how many passes the global arm works off a batch (see `global_pieces`).
+        population_weight: see `population_weight_of`; only a server that adds uploads up needs it.
 
     Raises:
         UserError: the parts do not compose; every reason is named.
     """
     if arm in ("local", "global"):  # nothing is sent, so nothing is kept from being sent
-        plain = {"trainable": "all", "shared": "all"}
-        recipe = recipe.model_copy(update={"client": recipe.client.model_copy(update=plain)})
+        plain = {"kind": "sgd", "trainable": "all", "shared": "all", "optimizer_state": "fresh"}
+        averaged = {"kind": "mean", "weighting": "data"}
+        recipe = recipe.model_copy(
+            update={
+                "client": recipe.client.model_copy(update=plain),
+                "aggregate": recipe.aggregate.model_copy(update=averaged),
+            }
+        )
     client = CLIENTS[recipe.client.kind](recipe, pieces)
     if arm == "local":
         return Algorithm(local_only(client), mean(), replace())
@@ -202,12 +244,27 @@ def algorithm_of(recipe: Recipe, arm: str = "federated", *, pieces: int = 1) -> 
         client = error_feedback(client, compress)
     return Algorithm(
         client,
-        AGGREGATES[recipe.aggregate.kind](recipe),
+        aggregate_of(recipe, population_weight),
         SERVERS[recipe.server.kind](recipe.server),
         compress=compress,
         downlink=tuple(COMPRESS[kind](recipe.compress) for kind in recipe.compress.down),
         uniform_weight=recipe.aggregate.weighting == "uniform",
     )
+
+
+def aggregate_of(recipe: Recipe, population_weight: float | None) -> Aggregate:
+    if recipe.client.kind == "scaffold":
+        return scaffold(population_weight)
+    if recipe.aggregate.weighting == "loss":
+        return q_fedavg(_given(recipe.aggregate.fair_q), recipe.client.learning_rate)
+    return AGGREGATES[recipe.aggregate.kind](recipe)
+
+
+def population_weight_of(recipe: Recipe, federation: Federation) -> float:
+    """The weight of all clients together, in the cohort or not: how many there are, or their training rows."""
+    if recipe.aggregate.weighting == "uniform":
+        return float(len(federation.clients))
+    return float(sum(len(client.train) for client in federation.clients.values()))
 
 
 def rank_of(recipe: Recipe, client: str) -> int | None:

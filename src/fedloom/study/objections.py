@@ -17,8 +17,10 @@ from fedloom.study.settings import (
     COMPRESS_DEFAULTS,
     COMPRESS_ORDER,
     DEFAULT_VAL_SHARE,
+    LINEAR_OPTIMS,
     LOSSY,
     SERVER_OPTIM_DEFAULTS,
+    SUMS,
 )
 from fedloom.study.yaml_text import yaml_value
 
@@ -168,6 +170,7 @@ def _training_objections(recipe: Recipe) -> Iterator[Objection]:
             f"{client.prox_mu} makes this FedProx, and the method says fedavg: set method: fedprox",
         )
     yield from _adapter_objections(recipe)
+    yield from _drift_objections(recipe)
     yield from _factor_objections(recipe)
     settings = {
         key: getattr(server, key)
@@ -185,12 +188,12 @@ def _training_objections(recipe: Recipe) -> Iterator[Objection]:
             if value is not None:
                 yield Objection(
                     (f"server.{key}", "server.kind", "method"),
-                    f"{value} would have no effect: server.kind is replace; set method: fedavgm, fedadam, fedyogi or "
-                    "fedadagrad, or server.kind: optimize",
+                    f"{value} would have no effect: server.kind is replace; set method: fedavgm, fedadam, fedyogi, "
+                    "fedadagrad or diloco, or server.kind: optimize",
                 )
     elif server.server_optim is None:
         yield Objection(
-            ("server.server_optim", "server.kind"), "missing: optimize needs momentum, adam, yogi or adagrad"
+            ("server.server_optim", "server.kind"), "missing: optimize needs momentum, nesterov, adam, yogi or adagrad"
         )
     else:
         for key, value in settings.items():
@@ -224,7 +227,7 @@ def _adapter_objections(recipe: Recipe) -> Iterator[Objection]:
         needs = {
             "client.trainable": recipe.client.trainable != "all",
             "client.shared": recipe.client.shared != "all",
-            "aggregate.kind": recipe.aggregate.kind != "mean",
+            "aggregate.kind": recipe.aggregate.kind not in SUMS,
         }
         for key, asked in needs.items():
             block, _, leaf = key.partition(".")
@@ -249,12 +252,12 @@ def _factor_objections(recipe: Recipe) -> Iterator[Objection]:
             ("client.shared", "client.trainable"),
             f"{client.shared} would have no effect: client.trainable is {client.trainable}, so nothing else is trained",
         )
-    if client.shared != "all" and aggregate.kind != "mean":
+    if client.shared != "all" and aggregate.kind not in SUMS:
         yield Objection(
             ("client.shared", "aggregate.kind"),
             f"{client.shared}, but {aggregate.kind} needs both factors of every client: aggregate.kind: mean",
         )
-    if client.trainable != "all" and aggregate.kind != "mean":
+    if client.trainable != "all" and aggregate.kind not in SUMS:
         yield Objection(
             ("client.trainable", "aggregate.kind"),
             f"{client.trainable}, but {aggregate.kind} is for clients that train both factors: aggregate.kind: mean",
@@ -271,6 +274,64 @@ def _factor_objections(recipe: Recipe) -> Iterator[Objection]:
         )
     if mix not in (None, "same") and recipe.adapter.lora_r == 1:
         yield Objection(("adapter.client_ranks", "adapter.lora_r"), f"{mix} would have no effect: lora_r is 1")
+
+
+def _drift_objections(recipe: Recipe) -> Iterator[Objection]:
+    """Clients that keep control variates, tell their work or their loss, or keep their optimiser."""
+    client, aggregate = recipe.client, recipe.aggregate
+    if client.kind == "scaffold":
+        means_nothing = {  # key -> (asked for, why it has no meaning)
+            "client.trainable": (client.trainable == "alternate", "a control variate of one factor is of the other's "
+                                 "old values two rounds later: all, or one factor"),
+            "client.shared": (client.shared != "all", "what stays with the client does not drift from anything: all"),
+            "client.prox_mu": (client.prox_mu > 0, "both pull against the same drift: 0"),
+            "client.optimizer_state": (client.optimizer_state == "kept", "moments of old corrections: fresh"),
+            "aggregate.kind": (aggregate.kind != "mean", "control variates are gradients at the mean of the clients' "
+                               "parameters: mean"),
+            "aggregate.weighting": (aggregate.weighting == "loss", "the mean of control variates needs fixed weights: "
+                                    "uniform or data"),
+            "adapter.client_ranks": (recipe.adapter.client_ranks not in (None, "same"), "control variates are of one "
+                                     "rank: same"),
+        }  # fmt: skip
+        for key, (asked, why) in means_nothing.items():
+            if asked:
+                block, _, leaf = key.partition(".")
+                yield Objection(
+                    (key, "client.kind", "method"),
+                    f"{yaml_value(getattr(getattr(recipe, block), leaf))}, but client.kind is scaffold: {why}",
+                )
+    if aggregate.fair_q is not None and aggregate.weighting != "loss":
+        yield Objection(
+            ("aggregate.fair_q", "aggregate.weighting"),
+            f"{aggregate.fair_q} would have no effect: weighting is {aggregate.weighting}; loss has it",
+        )
+    if aggregate.weighting == "loss" and client.kind != "scaffold":
+        if aggregate.kind != "mean":
+            yield Objection(
+                ("aggregate.weighting", "aggregate.kind"), f"loss, but {aggregate.kind} has weights of its own: mean"
+            )
+        if client.optim not in LINEAR_OPTIMS:
+            yield Objection(
+                ("client.optim", "aggregate.weighting", "method"),
+                f"{client.optim}, but weighting loss takes a client's move over its learning rate for a gradient, "
+                f"which {client.optim}'s steps are not: {' or '.join(LINEAR_OPTIMS)}",
+            )
+    if client.optimizer_state == "kept" and client.kind != "scaffold":
+        if client.optim == "sgd":
+            yield Objection(
+                ("client.optimizer_state", "client.optim"), "kept would have no effect: optim is sgd, which has none"
+            )
+        if client.shared != "all" or client.trainable == "alternate":
+            key = "client.shared" if client.shared != "all" else "client.trainable"
+            yield Objection(
+                ("client.optimizer_state", key),
+                f"kept, but {key} is {getattr(client, key.partition('.')[2])}: fresh, or all",
+            )
+        if aggregate.kind == "fednova":
+            yield Objection(
+                ("client.optimizer_state", "aggregate.kind"),
+                "kept, but fednova divides by the work of one round, and moments bring that of earlier ones: fresh",
+            )
 
 
 def _compress_objections(recipe: Recipe) -> Iterator[Objection]:

@@ -186,6 +186,8 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
         settle(compress, {"error_feedback": "top_k" in both_ways or "low_rank" in both_ways})
     if filled["aggregate"].get("kind") == "het_lora":
         settle(filled["aggregate"], {"norm_weighted": True})
+    if filled["aggregate"].get("weighting") == "loss":
+        settle(filled["aggregate"], {"fair_q": 1.0})
     if server.get("kind") == "optimize":
         settle(server, row(SERVER_OPTIM_DEFAULTS, server.get("server_optim")))
 

@@ -23,15 +23,17 @@ from fedloom.errors import FedloomError, RunError, UserError
 from fedloom.evaluate.loss import add_metrics, mean_loss, require_finite
 from fedloom.evaluate.scores import mean_score
 from fedloom.evaluate.tasks.run import Answerer, answerer_of
+from fedloom.ops.names import CONTROL, apart
 from fedloom.rounds import federate, initial_state
 from fedloom.runtimes import batched
-from fedloom.runtimes.cohort import client_model
+from fedloom.runtimes.cohort import client_model, has_own_model
 from fedloom.study import checkpoint
 from fedloom.study.arm_tasks import Figures, mean_figures, measure, merged_counts, place_of
 from fedloom.study.build import (
     algorithm_of,
     global_pieces,
     population_of,
+    population_weight_of,
     rank_of,
     runtime_of,
     samples_of_a_local_model,
@@ -343,14 +345,14 @@ class _Runner:
 
     def _train(self, arm: str) -> None:
         pieces = global_pieces(self.recipe, self.session.federation, self.session.base) if arm == "global" else 1
-        algorithm = algorithm_of(self.recipe, arm, pieces=pieces)
         adapter, recipe, federation = self.session.adapter, self.recipe, self.session.federation
+        algorithm = algorithm_of(recipe, arm, pieces=pieces, population_weight=population_weight_of(recipe, federation))
         runtime = runtime_of(
             recipe, federation, arm, self.session.base, lambda: make_base(recipe), self.measures.table()
         )
         population = Watched(population_of(federation, recipe, arm), self.display)
         state = initial_state(algorithm, adapter, recipe.seed)
-        flops = training_flops(adapter, state.params)
+        flops = training_flops(adapter, apart(state.params, CONTROL)[1])
         saved = self.folder.checkpoints(arm)
         totals = Totals(Best(self.best_by), models=len(population.ids) if arm == "local" else 1)
         every, tasks_every = recipe.evaluate.eval_rounds, recipe.evaluate.task_rounds
@@ -444,7 +446,7 @@ class _Runner:
 
         place = place_of(self.folder.path, arm, state.round)
         named: dict[str, Any] = {"arm": arm if state.round else "base", "round": state.round}
-        each = arm == "local" or bool(algorithm.client.personal(state.params))  # a model per client
+        each = arm == "local" or has_own_model(algorithm.client, state.params)  # a model per client
         if not each or state.round == 0:  # before training they are all the same
             figures, self.left_out = measure(benchmarks, recipe, model(state.params, arm), place, named)
         else:

@@ -19,6 +19,7 @@ from fedloom.errors import RunError, UserError
 from fedloom.models.causal import positions_of
 from fedloom.models.load import Base, load_base
 from fedloom.ops.host import tune_host
+from fedloom.ops.names import CONTROL, apart
 from fedloom.rounds import initial_state
 from fedloom.runtimes.cohort import train_block
 from fedloom.study import checkpoint
@@ -276,7 +277,7 @@ def plan(session: Session, *, probe: bool = True) -> PlanReport:
         device=session.base.device.type,
         threads=session.threads,
         total_parameters=session.base.num_parameters,
-        trainable_parameters=tree.num_elements(state.params),
+        trainable_parameters=tree.num_elements(apart(state.params, CONTROL)[1]),
         adapter=_adapter_said(recipe),
         method=recipe.method,
         clients=len(ids),

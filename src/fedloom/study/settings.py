@@ -8,7 +8,7 @@ from typing import Any, Literal
 Arm = Literal["base", "local", "federated", "global"]
 SplitKind = Literal["iid", "dirichlet", "shards", "quantity_skew", "by_category", "by_column", "files", "natural"]
 ClientOptim = Literal["adamw", "adam", "sgd", "momentum", "yogi", "adagrad"]
-ServerOptim = Literal["momentum", "adam", "yogi", "adagrad"]
+ServerOptim = Literal["momentum", "nesterov", "adam", "yogi", "adagrad"]
 AdapterKind = Literal["lora", "prompt_tuning", "p_tuning", "prefix_tuning", "full"]
 RankMix = Literal["same", "heavy_tail", "normal", "uniform"]
 Compression = Literal["top_k", "random_k", "low_rank", "float16", "bfloat16", "quantize", "zstd"]
@@ -58,10 +58,16 @@ CLIENT_OPTIM_DEFAULTS: Mapping[str, Mapping[str, float]] = {
 # these are sized for LoRA factors, whose entries are about 1e-2.
 SERVER_OPTIM_DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "momentum": {"server_learning_rate": 1.0, "server_momentum": 0.9},
+    "nesterov": {"server_learning_rate": 0.7, "server_momentum": 0.9},
     "adam": {"server_learning_rate": 1e-2, "server_beta1": 0.9, "server_beta2": 0.99, "server_tau": 1e-3},
     "yogi": {"server_learning_rate": 1e-2, "server_beta1": 0.9, "server_beta2": 0.99, "server_tau": 1e-3},
     "adagrad": {"server_learning_rate": 1e-2, "server_beta1": 0.0, "server_tau": 1e-3},
 }
+
+# Client optimisers whose steps are in proportion to gradients, so that moves over the learning rate stand for one.
+LINEAR_OPTIMS = ("sgd", "momentum")
+# Rules that take a sum of updates, whatever the update is of: they need no LoRA factors, and not both of them.
+SUMS = ("mean", "fednova")
 
 # What a checkpoint may be the best by, measured on the validation rows, and whether more is better. A benchmark task's
 # metric (TASK/METRIC) may stand in their place; there more is better.

@@ -47,7 +47,17 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "fedloom.adapters": ("Lora", "full", "lora", "p_tuning", "prefix_tuning", "prompt_tuning"),
+    "fedloom.adapters": (
+        "Ia3",
+        "Lora",
+        "dora",
+        "full",
+        "ia3",
+        "lora",
+        "p_tuning",
+        "prefix_tuning",
+        "prompt_tuning",
+    ),
     "fedloom.aggregates": (
         "fedex_lora",
         "fednova",

@@ -5,6 +5,10 @@ The weight that a client came to is W0 + (alpha / r_k) B_k A_k, formed here as a
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
+import peft
 import pytest
 import torch
 import transformers
@@ -39,8 +43,12 @@ def gpt2():
 MODELS = {"llama": llama, "gpt2": gpt2}
 
 
-def adapter_on(name: str):
-    return lora(MODELS[name](), rank=RANK, alpha=ALPHA, targets="all-linear")
+# ranks and alphas by layer, for clients of any rank; biases where the model has them
+MIXED = {"use_rslora": True, "rank_pattern": {"v_proj|c_proj": 3}, "alpha_pattern": {r".*\.0\..*": 5.0}}
+
+
+def adapter_on(name: str, **settings):
+    return lora(MODELS[name](), rank=RANK, alpha=ALPHA, targets="all-linear", **settings)
 
 
 def started(adapter) -> State:
@@ -66,8 +74,11 @@ def effective(adapter, state: State, client: Client | None = None) -> dict[str, 
     adapter.sync(state.base)
     plain = weights(adapter)
     tree = state.params if client is None else adapter.narrow(state.params, client)
-    scale = adapter.scale_of(None if client is None else client.rank)
-    return {name: w + scale * tree[f"{name}.{B}"] @ tree[f"{name}.{A}"] for name, w in plain.items()}
+    rank = None if client is None else client.rank
+    dense = {
+        name: w + adapter.scale_of(rank, name) * tree[f"{name}.{B}"] @ tree[f"{name}.{A}"] for name, w in plain.items()
+    }
+    return {**dense, **{name: tree[name] for name in tree if name.endswith("bias")}}
 
 
 def came_to(adapter, state: State, cohort: list[Client]) -> list[dict[str, torch.Tensor]]:
@@ -80,14 +91,14 @@ def came_to(adapter, state: State, cohort: list[Client]) -> list[dict[str, torch
         site = Site(state.seed, state.round, client.id, tuple(c.id for c in cohort), len(client.batches))
         ((delta, _, _),) = train_block(algorithm, adapter, state, [client], [site])
         start = adapter.narrow(state.params, client)
-        r = client.rank or RANK
-        back = (r / RANK) if client.rank else 1.0  # what is sent is in the scale of the full rank
-        own = {}
+        own = {name: start[name] + leaf for name, leaf in delta.items() if name.endswith("bias")}
         for name, w in plain.items():
+            r, scale = adapter.ranks.at(name, client.rank), adapter.scale_of(client.rank, name)
+            back = adapter.scale_of(None, name) / scale  # what is sent is in the scale of the full rank
             a = start[f"{name}.{A}"][:r] + delta[f"{name}.{A}"]
             b = start[f"{name}.{B}"][:, :r] + delta[f"{name}.{B}"] * back
             assert a.shape[0] == r
-            own[name] = w + (ALPHA / r) * b @ a
+            own[name] = w + scale * b @ a
         found.append(own)
     return found
 
@@ -110,22 +121,42 @@ def biggest(a, b) -> float:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("ranks", [None, RANKS])
-@pytest.mark.parametrize("rule", [lambda: flora(SCALE), lambda: fedex_lora(SCALE)], ids=["flora", "fedex_lora"])
-def test_exact_rules_give_the_mean_of_the_clients_weights(model, ranks, rule):
-    adapter = adapter_on(model)
+@pytest.mark.parametrize("rule", [flora, fedex_lora])
+@pytest.mark.parametrize("settings", ["one rank", "mixed"])
+def test_exact_rules_give_the_mean_of_the_clients_weights(model, ranks, rule, settings):
+    one = settings == "one rank"
+    adapter = adapter_on(model, **({} if one else {**MIXED, "bias": "all" if model == "gpt2" else "none"}))
+    assert one or len({adapter.scale_of(None, name) for name in adapter.sites}) == 4
+    assert (len(adapter.biased) > 0) == (not one and model == "gpt2")
+    scale = SCALE if one else adapter.ranks.scale
     state = started(adapter)
     cohort = clients(4, ranks)
     for _ in range(2):  # the second round begins with merged weights
         want = mean_of(came_to(adapter, state, cohort), cohort)
-        moved = after(rule(), adapter, state, cohort)
+        moved = after(rule(scale), adapter, state, cohort)
         got = effective(adapter, moved)
         before = effective(adapter, state)
         assert biggest(got, want) < 1e-10
         assert biggest(before, want) > 1e-3, "nothing was learnt"
         state = moved
+    export_gives_the_same_model(adapter, state)
     plain = after(mean(), adapter, state, cohort)
     inexact = effective(adapter, plain)
     assert biggest(inexact, mean_of(came_to(adapter, state, cohort), cohort)) > 1e-4, "the plain mean would do as well"
+
+
+def export_gives_the_same_model(adapter, state):
+    """What was merged is stacked into the exported factors, at whatever rank each layer has come to."""
+    tree = {k: leaf[None] for k, leaf in state.params.items()}
+    ids = torch.arange(12).reshape(2, 6)
+    adapter.sync(state.base)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        adapter.export(state.params, Path(folder) / "adapter")
+        with adapter.bound(tree) as tuned:
+            want = tuned(ids).logits
+        again = MODELS[adapter.model.config.model_type]()
+        got = peft.PeftModel.from_pretrained(again, Path(folder) / "adapter").double().eval()(ids).logits
+    assert float((got - want).abs().max()) < 1e-9
 
 
 def test_flora_starts_anew_with_another_a_and_no_b():
@@ -146,17 +177,18 @@ def test_flora_starts_anew_with_another_a_and_no_b():
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("ranks", [None, RANKS])
-def test_flex_lora_gives_everyone_the_best_approximation_of_their_rank(model, ranks):
-    adapter = adapter_on(model)
+@pytest.mark.parametrize("settings", [{}, MIXED], ids=["one rank", "mixed"])
+def test_flex_lora_gives_everyone_the_best_approximation_of_their_rank(model, ranks, settings):
+    adapter = adapter_on(model, **settings)
     state = started(adapter)
     cohort = clients(4, ranks)
     plain = weights(adapter)
     mean_w = mean_of(came_to(adapter, state, cohort), cohort)
     moved = after(flex_lora(), adapter, state, cohort)
     for client in [None, *cohort]:
-        r = (client.rank if client else None) or RANK
         got = effective(adapter, moved, client)
         for name, w in mean_w.items():
+            r = adapter.ranks.at(name, client.rank if client else None)
             u, s, vh = torch.linalg.svd(w - plain[name])
             want = plain[name] + (u[:, :r] * s[:r]) @ vh[:r]
             assert float((got[name] - want).abs().max()) < 1e-9, (name, r)
@@ -174,9 +206,10 @@ def test_flex_lora_with_one_client_of_low_rank_leaves_the_other_directions_alive
     assert biggest(effective(adapter, moved), came_to(adapter, state, cohort)[0]) < 1e-9
 
 
+@pytest.mark.parametrize("settings", [{}, MIXED], ids=["one rank", "mixed"])
 @pytest.mark.parametrize("norm_weighted", [True, False])
-def test_het_lora_averages_padded_factors_by_the_norm_of_what_was_learnt(norm_weighted):
-    adapter = adapter_on("llama")
+def test_het_lora_averages_padded_factors_by_the_norm_of_what_was_learnt(norm_weighted, settings):
+    adapter = adapter_on("llama", **settings)
     state = started(adapter)
     cohort = clients(4, RANKS)
     plain = weights(adapter)
@@ -184,7 +217,7 @@ def test_het_lora_averages_padded_factors_by_the_norm_of_what_was_learnt(norm_we
     norms = [sum(float((own[n] - plain[n]).square().sum()) for n in plain) ** 0.5 for own in dense]
     p = norms if norm_weighted else [c.weight for c in cohort]
     p = [value / sum(p) for value in p]
-    moved = after(het_lora(norm_weighted=norm_weighted), adapter, state, cohort)
+    moved = after(het_lora(norm_weighted=norm_weighted, scale=adapter.ranks.scale), adapter, state, cohort)
     algorithm = fedavg(sgd_client(sgd(0.3)))
     want = {name: torch.zeros_like(leaf) for name, leaf in state.params.items()}
     for client, share in zip(cohort, p, strict=True):

@@ -143,7 +143,7 @@ class PTuning(Frame):
 
     def load(self, path: Path) -> dict[str, Tensor]:
         """Read a PEFT adapter folder: its embeddings, to be used but not trained further."""
-        tree = {PROMPT: read_prompt(path).to(self.weight_VD.device, adapter_dtype(self.weight_VD))}
+        tree = {PROMPT: read_prompt(path, "P_TUNING").to(self.weight_VD.device, adapter_dtype(self.weight_VD))}
         self.check(tree)
         return tree
 

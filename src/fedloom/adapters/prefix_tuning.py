@@ -91,7 +91,7 @@ class PrefixTuning(Frame):
 
     def load(self, path: Path) -> dict[str, Tensor]:
         """Read a PEFT adapter folder written for this model."""
-        tree = {PROMPT: read_prompt(path).to(self.weight_VD.device, adapter_dtype(self.weight_VD))}
+        tree = {PROMPT: read_prompt(path, "PREFIX_TUNING").to(self.weight_VD.device, adapter_dtype(self.weight_VD))}
         self.check(tree)
         return tree
 

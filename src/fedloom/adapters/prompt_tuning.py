@@ -6,14 +6,13 @@ Shape suffixes: C clients, N rows, P virtual tokens, D hidden size.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fedloom.adapters.folder import read_folder, write_folder
 from fedloom.adapters.frame import Frame, adapter_dtype, check_tree
 from fedloom.adapters.virtual import Virtual, per_row
 from fedloom.errors import UserError
@@ -79,7 +78,7 @@ class PromptTuning(Frame):
 
     def load(self, path: Path) -> dict[str, Tensor]:
         """Read a PEFT adapter folder written for this model."""
-        tree = {PROMPT: read_prompt(path).to(self.weight_VD.device, adapter_dtype(self.weight_VD))}
+        tree = {PROMPT: read_prompt(path, "PROMPT_TUNING").to(self.weight_VD.device, adapter_dtype(self.weight_VD))}
         self.check(tree)
         return tree
 
@@ -94,33 +93,24 @@ def write_prompt(model: nn.Module, prompt: Tensor, path: Path, kind: str, base_n
     config = model.config
     text = {
         "peft_type": kind,
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "num_virtual_tokens": prompt.shape[0],
         "token_dim": getattr(config, "hidden_size", None),
         "num_transformer_submodules": 1,
         "num_attention_heads": getattr(config, "num_attention_heads", None),
         "num_layers": getattr(config, "num_hidden_layers", None),
-        "inference_mode": True,
         **more,
     }
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {PROMPT: prompt.detach().cpu().contiguous().clone()}, path / "adapter_model.safetensors", {"format": "pt"}
-    )
-    (path / "adapter_config.json").write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+    write_folder(path, text, {PROMPT: prompt})
 
 
-def read_prompt(path: Path) -> Tensor:
+def read_prompt(path: Path, kind: str) -> Tensor:
     """The one tensor of a PEFT folder of a prompt kind.
 
     Raises:
         UserError: the folder is not such an adapter's.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (path / name).is_file():
-            raise UserError(f"{path} is not an adapter folder: there is no {name}", code="adapter.missing")
-    tensors = load_file(path / "adapter_model.safetensors")
+    _, tensors = read_folder(path, kind)
     if PROMPT not in tensors:
         raise UserError(f"{path} has no {PROMPT} (it has {', '.join(sorted(tensors)[:4])})", code="adapter.kind")
     return tensors[PROMPT]

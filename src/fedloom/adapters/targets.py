@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +34,29 @@ LORA_DEFAULTS: dict[str, tuple[str, ...]] = {
     "stablelm": ("q_proj", "v_proj"),
 }
 
+# PEFT's TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING and ..._FEEDFORWARD_MODULES_MAPPING
+IA3_DEFAULTS: dict[str, tuple[str, ...]] = {
+    "bloom": ("query_key_value", "mlp.dense_4h_to_h"),
+    "falcon": ("query_key_value", "dense_4h_to_h"),
+    "gemma": ("q_proj", "v_proj", "down_proj"),
+    "gemma2": ("q_proj", "v_proj", "down_proj"),
+    "gemma3_text": ("q_proj", "v_proj", "down_proj"),
+    "gpt2": ("c_attn", "mlp.c_proj"),
+    "gpt_bigcode": ("c_attn", "mlp.c_proj"),
+    "gpt_neo": ("q_proj", "v_proj", "c_proj"),
+    "gpt_neox": ("query_key_value", "dense_4h_to_h"),
+    "gptj": ("q_proj", "v_proj", "fc_out"),
+    "llama": ("k_proj", "v_proj", "down_proj"),
+    "llama4": ("q_proj", "v_proj", "down_proj"),
+    "mistral": ("k_proj", "v_proj", "down_proj"),
+    "mixtral": ("k_proj", "v_proj", "w2"),
+    "opt": ("q_proj", "k_proj", "fc2"),
+    "phi": ("q_proj", "v_proj", "fc2"),
+    "qwen2": ("q_proj", "v_proj", "down_proj"),
+    "qwen3": ("q_proj", "v_proj", "down_proj"),
+}
+IA3_FEEDFORWARD: dict[str, tuple[str, ...]] = {kind: names[-1:] for kind, names in IA3_DEFAULTS.items()}
+
 
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear (and the quantised layers derived from it) or GPT-2's Conv1D."""
@@ -48,10 +71,21 @@ def features(module: nn.Module) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
-def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
+def find_targets(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    defaults: Mapping[str, tuple[str, ...]] = LORA_DEFAULTS,
+    key: str = "adapter.lora_target_modules",
+) -> dict[str, nn.Module]:
     """Layers by full name, for "auto" (PEFT's default of the architecture), "all-linear", or names.
 
     A name matches a layer as PEFT has it: the whole path, or its end after a dot.
+
+    Args:
+        model: the base.
+        targets: see above.
+        defaults: of each architecture, for "auto".
+        key: of the recipe, for messages.
 
     Raises:
         UserError: the architecture has no default, or a name matches no layer; the message says what there is.
@@ -63,14 +97,14 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn
         return linear
     if targets == "auto":
         kind = str(getattr(getattr(model, "config", None), "model_type", ""))
-        if kind not in LORA_DEFAULTS:
+        if kind not in defaults:
             raise UserError(
-                f"no default LoRA layers are known for model type {kind or 'unknown'!r}; its linear layers end in: "
+                f"no default layers are known for model type {kind or 'unknown'!r}; its linear layers end in: "
                 + ", ".join(endings),
-                hint="adapter.lora_target_modules=all-linear",
+                hint=f"{key}=all-linear" if defaults is LORA_DEFAULTS else f"name them: {key}",
                 code="adapter.targets",
             )
-        targets = LORA_DEFAULTS[kind]
+        targets = defaults[kind]
     names = [targets] if isinstance(targets, str) else list(targets)
     found: dict[str, nn.Module] = {}
     problems = []
@@ -81,7 +115,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn
         found.update(hits)
     if problems:
         raise UserError(
-            "adapter.lora_target_modules: " + "; ".join(problems),
+            f"{key}: " + "; ".join(problems),
             hint=f"this model's linear layers end in: {', '.join(endings)}",
             code="adapter.targets",
         )

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from fedloom.aggregates.parts import all_of, exact_downlink, needs_replace, no_protect, stack_add, stack_lift
-from fedloom.ops.low_rank import MERGE_A, MERGE_B, A, B, layers_of, pad_like
+from fedloom.aggregates.parts import all_of, averaged, exact_downlink, needs_replace, no_protect, stack_add, stack_lift
+from fedloom.ops.low_rank import MERGE_A, MERGE_B, A, B, Scale, layers_of, pad_like, scale_at
 from fedloom.types import Aggregate, Proposal, Tree, Upload
 
 
-def fedex_lora(scale: float) -> Aggregate:
+def fedex_lora(scale: Scale) -> Aggregate:
     """A = sum p_k A_k, B = sum p_k B_k, W <- W + scale * (sum p_k B_k A_k - B A) (Eq. 7 to 9): exact for every client.
 
     The residual is kept as factors, [w_1 B_1, ..., -B] and [A_1; ...; A]: it is at most (number of clients + 1) x R
     wide, and never a dense matrix. What a client sends is its own factors.
 
     Args:
-        scale: what the adapter multiplies B A by, at its full rank (alpha / R).
+        scale: what the adapter multiplies B A by, at its full rank (alpha / R): a number, or of each layer.
     """
 
     def lift(params: Tree, delta: Tree, weight: float) -> Upload:
@@ -28,25 +28,19 @@ def fedex_lora(scale: float) -> Aggregate:
             means[f"{layer}.{B}"] = pad_like(b, params[f"{layer}.{B}"])
         return stack._replace(tree={**stack.tree, **means})
 
-    def add(one: Upload, other: Upload) -> Upload:
-        sums = [name for name in one.tree if name.endswith((A, B))]
-        rest = [
-            part._replace(tree={name: leaf for name, leaf in part.tree.items() if not name.endswith((A, B))})
-            for part in (one, other)
-        ]
-        stack = stack_add(*rest)
-        return stack._replace(tree={**stack.tree, **{name: one.tree[name] + other.tree[name] for name in sums}})
-
     def finish(params: Tree, total: Upload) -> Proposal:
-        new, merge = dict(params), {}
+        new, merge = averaged(params, total), {}
         for layer in layers_of(params):
             mean_a, mean_b = (total.tree[f"{layer}.{factor}"] / total.weight for factor in (A, B))
             new[f"{layer}.{A}"], new[f"{layer}.{B}"] = mean_a, mean_b
             merge[f"{layer}.{MERGE_A}"] = torch.cat([total.tree[f"{layer}.{MERGE_A}"], mean_a])
             stacked_b = total.tree[f"{layer}.{MERGE_B}"] / total.weight
-            merge[f"{layer}.{MERGE_B}"] = torch.cat([stacked_b, -mean_b], 1) * scale
+            merge[f"{layer}.{MERGE_B}"] = torch.cat([stacked_b, -mean_b], 1) * scale_at(scale, layer)
         return Proposal(new, merge)
 
     return Aggregate(
-        lift, add, finish, all_of(needs_replace("fedex_lora"), no_protect("fedex_lora"), exact_downlink("fedex_lora"))
+        lift,
+        stack_add,
+        finish,
+        all_of(needs_replace("fedex_lora"), no_protect("fedex_lora"), exact_downlink("fedex_lora")),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedloom.aggregates.parts import all_of, exact_downlink, needs_replace, no_protect, stack_add, stack_lift
+from fedloom.aggregates.parts import all_of, averaged, exact_downlink, needs_replace, no_protect, stack_add, stack_lift
 from fedloom.ops.low_rank import MERGE_A, MERGE_B, A, B, layers_of, svd_of_product
 from fedloom.types import Aggregate, Proposal, Tree, Upload
 
@@ -17,7 +17,7 @@ def flex_lora() -> Aggregate:
     """
 
     def finish(params: Tree, total: Upload) -> Proposal:
-        new = dict(params)
+        new = averaged(params, total)
         for layer in layers_of(params):
             b_OS, a_SD = total.tree[f"{layer}.{MERGE_B}"] / total.weight, total.tree[f"{layer}.{MERGE_A}"]
             rank = len(params[f"{layer}.{A}"])

@@ -1,14 +1,20 @@
-"""What several rules share: summands that are stacked factors, and objections to compositions."""
+"""What several rules share: summands that are stacked factors, and objections to compositions.
+
+What is sent besides factors (trained biases) is averaged by every rule.
+"""
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fedloom.errors import RunError
-from fedloom.ops.low_rank import A, B, beside, layers_of, own_factors, stacked
+from fedloom.ops.low_rank import MERGE_A, MERGE_B, A, B, beside, layers_of, others, own_factors, stacked
+from fedloom.tree import add, scale
 from fedloom.types import Algorithm, Check, Tree, Upload
 
 
 def stack_lift(params: Tree, delta: Tree, weight: float) -> Upload:
-    """A client's factors, B times its weight, at its own rank.
+    """A client's factors, B times its weight, at its own rank; the rest of its change, times its weight.
 
     Raises:
         RunError: the client sent no LoRA factors.
@@ -17,13 +23,27 @@ def stack_lift(params: Tree, delta: Tree, weight: float) -> Upload:
     if not any(f"{layer}.{factor}" in delta for layer in layers for factor in (A, B)):
         raise RunError("the clients' uploads hold no LoRA factors", code="aggregate.no_lora")
     parts = {layer: own_factors(params, delta, layer) for layer in layers}
-    return Upload(stacked({layer: (a_SD, b_OS * weight) for layer, (a_SD, b_OS) in parts.items()}), weight)
+    factors = stacked({layer: (a_SD, b_OS * weight) for layer, (a_SD, b_OS) in parts.items()})
+    return Upload({**factors, **scale(others(delta), weight)}, weight)
 
 
 def stack_add(a: Upload, b: Upload) -> Upload:
     """Factors side by side stand for the sum of products; they grow with the cohort, as the method does."""
     metrics = {key: a.metrics.get(key, 0.0) + b.metrics.get(key, 0.0) for key in {**a.metrics, **b.metrics}}
-    return Upload(beside(a.tree, b.tree), a.weight + b.weight, metrics)
+    (factors_a, sums_a), (factors_b, sums_b) = _parted(a.tree), _parted(b.tree)
+    return Upload({**beside(factors_a, factors_b), **add(sums_a, sums_b)}, a.weight + b.weight, metrics)
+
+
+def _parted(tree: Tree) -> tuple[Tree, Tree]:
+    """(factors of products, what is simply added)."""
+    factors = {name: leaf for name, leaf in tree.items() if name.endswith((MERGE_A, MERGE_B))}
+    return factors, {name: leaf for name, leaf in tree.items() if name not in factors}
+
+
+def averaged(params: Tree, total: Upload) -> dict[str, Tensor]:
+    """The parameters, with what is no factor moved by the mean of the clients' changes."""
+    step = others(total.tree)
+    return {**params, **{name: params[name] + leaf.to(params[name]) / total.weight for name, leaf in step.items()}}
 
 
 def needs_replace(name: str) -> Check:

@@ -29,6 +29,10 @@ class CausalLM:
         self.model = model
         self._head = _head_of(model)
 
+    def run_whole(self) -> None:
+        """Let the output layer itself make the logits: something is done to it that its weights do not tell."""
+        self._head = None
+
     @property
     def head(self) -> Head | None:
         """The head with the weights that the model's output layer has now; None where the model is used whole."""

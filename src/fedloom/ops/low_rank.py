@@ -9,7 +9,7 @@ Shape suffixes: D in-features, O out-features, R the adapter's rank, S any other
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,12 +17,22 @@ from torch import Tensor
 from fedloom.types import Tree
 
 A, B = "lora_A.weight", "lora_B.weight"
+Scale = float | Callable[[str], float]  # what B A is multiplied by at the full rank: everywhere, or of a layer
 MERGE_A, MERGE_B = "merge_A", "merge_B"  # factors of what was added to a frozen weight: + merge_B @ merge_A
 
 
 def layers_of(tree: Tree) -> list[str]:
     """Names of the layers that have a pair of factors."""
     return [name.removesuffix(f".{A}") for name in tree if name.endswith(f".{A}")]
+
+
+def scale_at(scale: Scale, layer: str) -> float:
+    return scale(layer) if callable(scale) else scale
+
+
+def others(tree: Tree) -> dict[str, Tensor]:
+    """What is no factor of a product: trained biases."""
+    return {name: leaf for name, leaf in tree.items() if not name.endswith((A, B, MERGE_A, MERGE_B))}
 
 
 def pad_like(leaf: Tensor, like: Tensor) -> Tensor:

@@ -134,29 +134,58 @@ class AdapterRecipe(Block):
 
     kind: AdapterKind = Field(
         "lora",
-        description="The kind of adapter: `lora` on layers, or virtual tokens before every text: `prompt_tuning`, "
-        "`p_tuning` (made by a small encoder), `prefix_tuning` (keys and values in every layer); or the model's own "
-        "weights: `full` (all of them).",
+        description="The kind of adapter: `lora` on layers, `dora` (LoRA of the direction, and a trained magnitude), "
+        "`ia3` (a vector that rescales keys, values and the inside of the feed-forward), or virtual tokens before "
+        "every text: `prompt_tuning`, `p_tuning` (made by a small encoder), `prefix_tuning` (keys and values in every "
+        "layer); or the model's own weights: `full` (all of them).",
     )
-    lora_r: Annotated[int, Field(ge=1)] | None = Field(None, description="Rank. Default 8. Only for lora.")
+    lora_r: Annotated[int, Field(ge=1)] | None = Field(None, description="Rank. Default 8. Only for lora, dora.")
     lora_alpha: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="The update is scaled by lora_alpha / lora_r. Default 16. Only for lora."
+        None, description="The update is scaled by lora_alpha / lora_r. Default 16. Only for lora, dora."
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
         description="Dropout in front of A while training; draws differ with the size of a client batch. Default 0. "
-        "Only for lora.",
+        "Only for lora, dora.",
     )
     lora_target_modules: Annotated[list[str], Field(min_length=1)] | Literal["auto", "all-linear"] | None = Field(
         None,
         description="Names of linear modules, `all-linear`, or `auto`: PEFT's choice for the architecture. Default "
-        "auto. Only for lora.",
+        "auto. Only for lora, dora.",
     )
     client_ranks: RankMix | None = Field(
         None,
         description="Ranks of clients: `same` is lora_r for all; `heavy_tail` gives 60, 25, 10 and 5 % of them an "
         "eighth, a quarter, half and all of lora_r, `normal` 15, 35, 35 and 15 %, `uniform` a quarter each. Default "
-        "same. Only for lora.",
+        "same. Only for lora, dora.",
+    )
+    use_rslora: bool | None = Field(
+        None,
+        description="The update is scaled by lora_alpha / sqrt(lora_r), so that its size does not fall with the rank. "
+        "Default false. Only for lora, dora.",
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
+        None,
+        description="Other ranks of some layers, for example `{v_proj: 16}`: the end of a layer's name, or a regular "
+        "expression for it, as PEFT has it. Only for lora, dora.",
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="Other alphas of some layers, as rank_pattern. Only for lora, dora."
+    )
+    bias: Literal["none", "lora_only", "all"] | None = Field(
+        None,
+        description="Which of the model's own biases are trained and sent as well: none, those of the adapted layers, "
+        "or all. Default none. Only for lora, dora.",
+    )
+    ia3_target_modules: Annotated[list[str], Field(min_length=1)] | Literal["auto", "all-linear"] | None = Field(
+        None,
+        description="Names of linear modules, `all-linear`, or `auto`: PEFT's choice for the architecture. Default "
+        "auto. Only for ia3.",
+    )
+    ia3_feedforward_modules: Annotated[list[str], Field(min_length=1)] | Literal["auto", "none"] | None = Field(
+        None,
+        description="Those of ia3_target_modules whose input is rescaled in place of their output. Default auto: "
+        "PEFT's choice. Only for ia3.",
     )
     num_virtual_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Default 20. Only for prompt_tuning, p_tuning, prefix_tuning."

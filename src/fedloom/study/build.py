@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedloom.adapters import full, lora, p_tuning, prefix_tuning, prompt_tuning
+from fedloom.adapters import Ranks, dora, full, ia3, lora, p_tuning, prefix_tuning, prompt_tuning
 from fedloom.aggregates import fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
 from fedloom.clients import (
     alternate,
@@ -92,17 +92,30 @@ AGGREGATES: Mapping[str, Callable[[Recipe], Aggregate]] = {
     "flora": lambda r: flora(scale_of(r)),
     "flex_lora": lambda r: flex_lora(),
     "fedex_lora": lambda r: fedex_lora(scale_of(r)),
-    "het_lora": lambda r: het_lora(norm_weighted=r.aggregate.norm_weighted is not False),
+    "het_lora": lambda r: het_lora(norm_weighted=r.aggregate.norm_weighted is not False, scale=scale_of(r)),
 }
 
 
 def lora_of(base: Base, recipe: AdapterRecipe) -> Adapter:
-    return lora(
+    return (lora if recipe.kind == "lora" else dora)(
         base.model,
         rank=recipe.lora_r or 8,
         alpha=_given(recipe.lora_alpha),
         dropout=recipe.lora_dropout or 0.0,
         targets=recipe.lora_target_modules or "auto",
+        use_rslora=bool(recipe.use_rslora),
+        rank_pattern=recipe.rank_pattern or {},
+        alpha_pattern=recipe.alpha_pattern or {},
+        bias=recipe.bias or "none",
+        base_name=base.name,
+    )
+
+
+def ia3_of(base: Base, recipe: AdapterRecipe) -> Adapter:
+    return ia3(
+        base.model,
+        targets=recipe.ia3_target_modules or "auto",
+        feedforward=() if recipe.ia3_feedforward_modules == "none" else recipe.ia3_feedforward_modules or "auto",
         base_name=base.name,
     )
 
@@ -133,9 +146,12 @@ def full_of(base: Base, recipe: AdapterRecipe) -> Adapter:
     return full(base.model, save_tokenizer=lambda path: load_tokenizer(base.name, pad=False).save_pretrained(path))
 
 
-def scale_of(recipe: Recipe) -> float:
-    """What LoRA multiplies B A by, at the full rank."""
-    return _given(recipe.adapter.lora_alpha) / _given(recipe.adapter.lora_r)
+def scale_of(recipe: Recipe) -> Callable[[str], float]:
+    """What LoRA multiplies a layer's B A by, at the full rank."""
+    adapter = recipe.adapter
+    rank, alpha = int(_given(adapter.lora_r)), _given(adapter.lora_alpha)
+    patterns = adapter.rank_pattern or {}, adapter.alpha_pattern or {}
+    return Ranks(rank, alpha, bool(adapter.use_rslora), *patterns).scale
 
 
 def sgd_of(recipe: Recipe, pieces: int = 1) -> ClientUpdate:
@@ -196,6 +212,8 @@ COMPRESS: Mapping[str, Callable[[CompressRecipe], Transform]] = {
 
 ADAPTERS: Mapping[str, Callable[[Base, AdapterRecipe], Adapter]] = {
     "lora": lora_of,
+    "dora": lora_of,
+    "ia3": ia3_of,
     "prompt_tuning": prompt_of,
     "p_tuning": p_tuning_of,
     "prefix_tuning": prefix_of,

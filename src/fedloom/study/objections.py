@@ -21,6 +21,7 @@ from fedloom.study.settings import (
     LOSSY,
     SERVER_OPTIM_DEFAULTS,
     SUMS,
+    WITH_FACTORS,
 )
 from fedloom.study.yaml_text import yaml_value
 
@@ -223,7 +224,15 @@ def _adapter_objections(recipe: Recipe) -> Iterator[Objection]:
                 f"{yaml_value(value)} would have no effect: kind is {adapter.kind}; {', '.join(having)} "
                 f"{'has' if len(having) == 1 else 'have'} it",
             )
-    if adapter.kind != "lora":
+    if adapter.kind == "dora":
+        yield from _dora_objections(recipe)
+    if adapter.bias not in (None, "none") and recipe.client.trainable != "all":
+        yield Objection(
+            ("adapter.bias", "client.trainable", "method"),
+            f"{adapter.bias}, but client.trainable is {recipe.client.trainable}, which leaves biases as they are: "
+            "adapter.bias: none",
+        )
+    if adapter.kind not in WITH_FACTORS:
         needs = {
             "client.trainable": recipe.client.trainable != "all",
             "client.shared": recipe.client.shared != "all",
@@ -237,6 +246,23 @@ def _adapter_objections(recipe: Recipe) -> Iterator[Objection]:
                     f"{getattr(getattr(recipe, block), leaf)}, but it works on LoRA's factors and adapter.kind is "
                     f"{adapter.kind}: adapter.kind: lora, or another method",
                 )
+
+
+def _dora_objections(recipe: Recipe) -> Iterator[Objection]:
+    """Rules that are exact because a client's weight is W + B A; with a magnitude it is not."""
+    client, aggregate = recipe.client, recipe.aggregate
+    if aggregate.kind in ("flora", "flex_lora", "fedex_lora"):
+        yield Objection(
+            ("aggregate.kind", "adapter.kind", "method"),
+            f"{aggregate.kind}, but with dora a client's weight is m (W + B A) / |W + B A|, and the sum of products "
+            "that it makes exact is not the mean of these: adapter.kind: lora, or method: fedavg",
+        )
+    if client.trainable != "all":
+        yield Objection(
+            ("client.trainable", "adapter.kind", "method"),
+            f"{client.trainable}, but then dora's magnitudes would never be trained: adapter.kind: lora, or another "
+            "method",
+        )
 
 
 def _factor_objections(recipe: Recipe) -> Iterator[Objection]:

@@ -302,11 +302,11 @@ def plan(session: Session, *, probe: bool = True) -> PlanReport:
 
 def _adapter_said(recipe: Recipe) -> str:
     adapter = recipe.adapter
-    if adapter.kind == "lora":
-        return f"lora r {adapter.lora_r}"
-    if adapter.kind == "full":
-        return "full, every weight of the model"
-    return f"{adapter.kind}, {adapter.num_virtual_tokens} virtual tokens"
+    if adapter.lora_r is not None:
+        return f"{adapter.kind} r {adapter.lora_r}"
+    if adapter.num_virtual_tokens is not None:
+        return f"{adapter.kind}, {adapter.num_virtual_tokens} virtual tokens"
+    return "full, every weight of the model" if adapter.kind == "full" else adapter.kind
 
 
 def _probe(session: Session) -> float:

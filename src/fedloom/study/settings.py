@@ -9,21 +9,30 @@ Arm = Literal["base", "local", "federated", "global"]
 SplitKind = Literal["iid", "dirichlet", "shards", "quantity_skew", "by_category", "by_column", "files", "natural"]
 ClientOptim = Literal["adamw", "adam", "sgd", "momentum", "yogi", "adagrad"]
 ServerOptim = Literal["momentum", "nesterov", "adam", "yogi", "adagrad"]
-AdapterKind = Literal["lora", "prompt_tuning", "p_tuning", "prefix_tuning", "full"]
+AdapterKind = Literal["lora", "dora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "full"]
 RankMix = Literal["same", "heavy_tail", "normal", "uniform"]
 Compression = Literal["top_k", "random_k", "low_rank", "float16", "bfloat16", "quantize", "zstd"]
 DownCompression = Literal["float16", "bfloat16", "quantize", "zstd"]
 TrackerName = Literal["trackio", "tensorboard", "mlflow", "wandb"]
 
+WITH_FACTORS = ("lora", "dora")  # kinds with factors A and B, for the methods that treat these one by one
+
 # The settings each kind of adapter has, with what they are when nothing is said; None is settled by the model.
+_LORA_DEFAULTS: Mapping[str, Any] = {
+    "lora_r": 8,
+    "lora_alpha": 16.0,
+    "lora_dropout": 0.0,
+    "lora_target_modules": "auto",
+    "client_ranks": "same",
+    "use_rslora": False,
+    "rank_pattern": None,
+    "alpha_pattern": None,
+    "bias": "none",
+}
 ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "lora": {
-        "lora_r": 8,
-        "lora_alpha": 16.0,
-        "lora_dropout": 0.0,
-        "lora_target_modules": "auto",
-        "client_ranks": "same",
-    },
+    "lora": _LORA_DEFAULTS,
+    "dora": _LORA_DEFAULTS,
+    "ia3": {"ia3_target_modules": "auto", "ia3_feedforward_modules": "auto"},
     "prompt_tuning": {"num_virtual_tokens": 20, "prompt_tuning_init_text": None},
     "p_tuning": {"num_virtual_tokens": 20, "encoder_reparameterization_type": "mlp", "encoder_hidden_size": None},
     "prefix_tuning": {"num_virtual_tokens": 20},

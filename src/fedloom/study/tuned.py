@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from fedloom.study.build import adapter_of, algorithm_of, width_of
 from fedloom.study.folder import RunFolder, find_runs, full_disk_explained, temporary_beside
 from fedloom.study.load import read_recipe
 from fedloom.study.measure import DEFAULT_NEW_TOKENS, measures, one_model
+from fedloom.study.peft_settings import settings_of_peft
 from fedloom.study.recipe import Recipe
 from fedloom.study.result import ArmResult
 from fedloom.study.session import device_name, open_session
@@ -238,25 +239,6 @@ def load_tree(adapter: Adapter, folder: Path) -> Tree:
     return tree
 
 
-def _lora_settings(config: Mapping[str, Any]) -> AdapterRecipe:
-    targets = config["target_modules"]
-    return AdapterRecipe(
-        kind="lora",
-        lora_r=config["r"],
-        lora_alpha=config["lora_alpha"],
-        lora_target_modules=targets if isinstance(targets, str) else list(targets),  # type: ignore[arg-type]
-    )
-
-
-# PEFT's name of a kind -> ours, from its settings. P-tuning's folder holds the embeddings alone.
-_PEFT_SETTINGS: Mapping[str, Callable[[Mapping[str, Any]], AdapterRecipe]] = {
-    "LORA": _lora_settings,
-    "PROMPT_TUNING": lambda c: AdapterRecipe(kind="prompt_tuning", num_virtual_tokens=c["num_virtual_tokens"]),
-    "P_TUNING": lambda c: AdapterRecipe(kind="p_tuning", num_virtual_tokens=c["num_virtual_tokens"]),
-    "PREFIX_TUNING": lambda c: AdapterRecipe(kind="prefix_tuning", num_virtual_tokens=c["num_virtual_tokens"]),
-}
-
-
 def _settings(folder: Path) -> tuple[str, AdapterRecipe]:
     """(base model, settings) that a PEFT adapter folder says. A model is its own base, with every weight as trained."""
     if is_model(folder):
@@ -264,7 +246,9 @@ def _settings(folder: Path) -> tuple[str, AdapterRecipe]:
     path = folder / "adapter_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        settings = _PEFT_SETTINGS[str(config["peft_type"])](config)
+        settings = settings_of_peft(config, folder)
+    except UserError as error:
+        raise UserError(f"{folder}: {error.message}", error.hint, error.code) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = "; ".join(str(error).splitlines()[:3])
         raise UserError(

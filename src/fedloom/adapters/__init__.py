@@ -7,7 +7,6 @@ from fedloom.adapters.lora import Lora, lora
 from fedloom.adapters.p_tuning import PTuning, p_tuning
 from fedloom.adapters.prefix_tuning import PrefixTuning, prefix_tuning
 from fedloom.adapters.prompt_tuning import PromptTuning, prompt_tuning
-from fedloom.adapters.ranks import Ranks
 
 __all__ = [
     "Full",
@@ -16,7 +15,6 @@ __all__ = [
     "PTuning",
     "PrefixTuning",
     "PromptTuning",
-    "Ranks",
     "dora",
     "full",
     "ia3",

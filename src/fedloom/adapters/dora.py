@@ -18,9 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedloom.adapters.frame import adapter_dtype
 from fedloom.adapters.lora import Bias, Bound, Lora, Variant
-from fedloom.adapters.ranks import Ranks
 from fedloom.adapters.targets import find_targets
 from fedloom.errors import UserError
+from fedloom.ops.ranks import Ranks
 from fedloom.types import NOTHING
 
 MAGNITUDE = "lora_magnitude_vector"  # [O], PEFT's name in its files, too

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedloom.adapters.folder import PEFT_PREFIX, read_folder, short_names, write_folder
 from fedloom.adapters.frame import Frame, adapter_dtype, check_tree
 from fedloom.adapters.targets import IA3_DEFAULTS, IA3_FEEDFORWARD, features, find_targets
 from fedloom.errors import UserError
+from fedloom.models.peft_folder import PEFT_PREFIX, read_folder, short_names, write_folder
 from fedloom.types import FIXED, Tree
 
 L = "ia3_l"  # PEFT's name: [1, D] where it scales the input, [O, 1] where it scales the output

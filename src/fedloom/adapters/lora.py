@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedloom.adapters.folder import PEFT_PREFIX, read_folder, short_names, write_folder
 from fedloom.adapters.frame import Frame, adapter_dtype, check_tree
-from fedloom.adapters.ranks import Ranks
 from fedloom.adapters.targets import features, find_targets
 from fedloom.errors import UserError
+from fedloom.models.peft_folder import PEFT_PREFIX, read_folder, short_names, write_folder
 from fedloom.ops.low_rank import MERGE_A, MERGE_B, A, B, beside, slimmed
+from fedloom.ops.ranks import Ranks
 from fedloom.seeds import generator
 from fedloom.types import FIXED, NOTHING, Client, Tree
 

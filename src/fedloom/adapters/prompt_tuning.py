@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedloom.adapters.folder import read_folder, write_folder
 from fedloom.adapters.frame import Frame, adapter_dtype, check_tree
 from fedloom.adapters.virtual import Virtual, per_row
 from fedloom.errors import UserError
+from fedloom.models.peft_folder import read_folder, write_folder
 from fedloom.seeds import generator
 from fedloom.types import Tree
 

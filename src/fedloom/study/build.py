@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedloom.adapters import Ranks, dora, full, ia3, lora, p_tuning, prefix_tuning, prompt_tuning
+from fedloom.adapters import dora, full, ia3, lora, p_tuning, prefix_tuning, prompt_tuning
 from fedloom.aggregates import fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
 from fedloom.clients import (
     alternate,
@@ -28,6 +28,7 @@ from fedloom.data.clients import Clients, population
 from fedloom.data.federation import ClientData, Federation
 from fedloom.data.tokens import pad_id_of
 from fedloom.models.load import Base, load_tokenizer
+from fedloom.ops.ranks import Ranks
 from fedloom.optimizers import Optimizer, adagrad, adam, adamw, decay, sgd, yogi
 from fedloom.rounds import Sampling
 from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dropout, with_ranks

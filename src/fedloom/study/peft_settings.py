@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedloom.adapters.folder import PEFT_PREFIX, WEIGHTS
-from fedloom.adapters.ranks import matched
 from fedloom.errors import UserError
+from fedloom.models.peft_folder import PEFT_PREFIX, WEIGHTS
 from fedloom.ops.low_rank import A
+from fedloom.ops.ranks import matched
 from fedloom.study.blocks import AdapterRecipe
 
 __all__ = ["settings_of_peft"]

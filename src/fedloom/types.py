@@ -71,8 +71,11 @@ class Adapter(Protocol):
     def nll(self, tree_C: Tree, batch_CBT: Batch) -> tuple[Tensor, Tensor]:
         """(sum_C, count_C): summed negative log-likelihood and the number of answer tokens, without a graph."""
 
-    def bound(self, tree_C: Tree) -> AbstractContextManager[nn.Module]:
-        """Within it `model` is the tuned model, for inputs of [C * B, T] with the cohort axis outermost."""
+    def bound(self, tree_C: Tree, seed_C: Tensor | None = None) -> AbstractContextManager[nn.Module]:
+        """Within it `model` is the tuned model, for inputs of [C * B, T] with the cohort axis outermost.
+
+        Without seeds there is no dropout.
+        """
 
     def sync(self, base: Tree) -> None:
         """Frozen weights := original + `base`; nothing happens when they are so already."""

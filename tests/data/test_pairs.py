@@ -10,7 +10,7 @@ import pytest
 from tests.data.toys import CHATML, Data, Split, tokenizer, write
 
 from fedloom.data import prepare, read
-from fedloom.data.pair_batches import Pairs, pair_batches
+from fedloom.data.pair_batches import PAIR, Pairs, eval_pair_batches, pair_batches
 from fedloom.data.pairs import sides
 from fedloom.data.rows import Source
 from fedloom.data.tokens import NO_LOSS
@@ -153,23 +153,42 @@ def test_a_pair_is_kept_or_left_out_as_one(tmp_path: Path) -> None:
     assert all(used.count(row) == 2 for row in used)
 
 
-def test_batches_of_pairs_keep_both_sides_in_one_batch(tmp_path: Path) -> None:
+def test_a_row_of_a_batch_is_a_pair(tmp_path: Path) -> None:
     federation = prepare(Data(write(tmp_path / "p.jsonl", rows_of(40))), Split(clients=1), PLAIN, 0)
     pairs = Pairs(federation.clients["c00"].train)
     settings = {"batch_size": 4, "num_epochs": 1, "pad_id": 0, "seed": 1, "round": 0, "client": "c00"}
     batches = pair_batches(pairs, **settings)
     seen: list[int] = []
-    for batch, places in zip(batches, batches.plan, strict=True):
-        half = len(places) // 2
-        assert (places[half:] == places[:half] + len(pairs)).all() and len(batch["input_ids"]) == 2 * half
-        for place, line, length in zip(places[:half], batch["input_ids"][half:], batch["lengths"][half:], strict=True):
-            assert line[:length].tolist() == pairs[int(place)].rejected.input_ids.tolist()
-        seen += places[:half].tolist()
+    for batch, places in zip(batches, batches.places, strict=True):
+        for row, place in enumerate(places.tolist()):
+            for ids, mask, side in (
+                (batch["input_ids"][row], batch["chosen_mask"][row], pairs[place].chosen),
+                (batch["rejected_ids"][row], batch["rejected_mask"][row], pairs[place].rejected),
+            ):
+                length = len(side.input_ids)
+                assert ids[:length].tolist() == side.input_ids.tolist() and not ids[length:].any()
+                assert mask[:length].tolist() == (side.labels != NO_LOSS).astype(int).tolist()
+                assert not mask[length:].any()
+            both = pairs[place].chosen.input_ids, pairs[place].rejected.input_ids
+            assert batch["lengths"][row] == sum(map(len, both))
+        counted = batch["labels"][:, 1:] != NO_LOSS  # what a mean is over: one place in each row, and no token
+        assert counted.sum(1).tolist() == [1] * len(places) and batch["labels"][:, 1].tolist() == [PAIR] * len(places)
+        seen += places.tolist()
     assert sorted(seen) == list(range(len(pairs)))
+    assert batches.num_tokens == pairs.both.num_tokens == sum(int(batch["lengths"].sum()) for batch in batches)
     again = pair_batches(pairs, **settings)
     assert all(np.array_equal(a, b) for a, b in zip(batches.plan, again.plan, strict=True))
+    whole = [place for one in eval_pair_batches(pairs, batch_size=8, pad_id=0).places for place in one.tolist()]
+    assert sorted(whole) == sorted(seen)
     with pytest.raises(ValueError, match="not the chosen ones"):
         Pairs(pairs.rejected)
+
+
+def test_pairs_that_are_cut_to_the_same_answer_are_left_out(tmp_path: Path) -> None:
+    rows = [*rows_of(20), {"instruction": "go on", "chosen": "na " * 99 + "yes", "rejected": "na " * 99 + "no"}]
+    report = prepare(Data(write(tmp_path / "p.jsonl", rows), max_length=300), Split(), PLAIN, 0).report
+    assert report.left_out == {"answer wholly cut by max_length": 1} and report.rows_used == 20
+    assert any("1 pair differs only beyond max_length" in note for note in report.notes)
 
 
 def test_equal_pairs_are_duplicates(tmp_path: Path) -> None:

@@ -69,9 +69,9 @@ class Frame:
         return nll_M, client_M, torch.bincount(client_M, minlength=c)
 
     @contextlib.contextmanager
-    def bound(self, tree_C: Tree) -> Iterator[nn.Module]:
+    def bound(self, tree_C: Tree, seed_C: Tensor | None = None) -> Iterator[nn.Module]:
         """Within it the model is the tuned one, for inputs of [C * B, T] with the cohort axis outermost."""
-        with self.bind(tree_C):
+        with self.bind(tree_C, seed_C):
             yield self.model
 
     # ---- a kind without ranks, which merges nothing -----------------------------------------------------------------

@@ -229,6 +229,10 @@ _SCORES = (
     _Column("worst", lambda arm, cost: _share(arm["own_test"]["score_worst"]), 2),
     _Column("std", lambda arm, cost: _points(arm["own_test"]["score_std"]), 5),
 )
+_PREFERENCES = (
+    _Column("ranked right", lambda arm, cost: _share(arm.get("preference_accuracy")), 1),
+    _Column("margin", lambda arm, cost: "–" if arm.get("reward_margin") is None else f"{arm['reward_margin']:.2f}", 2),
+)
 _LOSS = _Column("loss", lambda arm, cost: "–" if arm["loss"] is None else f"{arm['loss']:.3f}", 0)
 _ROUND = _Column("round", lambda arm, cost: f"{cost['round']}" if cost.get("round") else "–", 1)
 _SAMPLES = _Column("samples", lambda arm, cost: _cost(cost, "samples_per_model", amount), 3)
@@ -259,7 +263,9 @@ def equal_samples_table(compared: Mapping[str, Any], width: int) -> Table:
 
 
 def _scores_of(arms: Mapping[str, Any]) -> Sequence[_Column]:
-    return _SCORES if any(arm["score"] is not None for arm in arms.values()) else ()
+    scored = _SCORES if any(arm["score"] is not None for arm in arms.values()) else ()
+    paired = _PREFERENCES if any("preference_accuracy" in arm for arm in arms.values()) else ()
+    return (*scored, *paired)
 
 
 def _tasks_of(result: Mapping[str, Any]) -> list[_Column]:
@@ -293,11 +299,10 @@ def _table(arms: Mapping[str, Any], costs: Mapping[str, Any], columns: Sequence[
     table.add_column("arm", no_wrap=True)
     for column in columns:
         table.add_column(column.heading, justify="right", no_wrap=True)
-    best = max(
-        (arm["score"] for name, arm in arms.items() if name != "base" and arm["score"] is not None), default=None
-    )
+    by = "score" if any(arm["score"] is not None for arm in arms.values()) else "preference_accuracy"
+    best = max((arm[by] for name, arm in arms.items() if name != "base" and arm.get(by) is not None), default=None)
     for name in arms_in_order(arms):
-        style = "bold" if best is not None and arms[name]["score"] == best else ""
+        style = "bold" if best is not None and arms[name].get(by) == best else ""
         cells = (column.cell(arms[name], costs.get(name, {})) for column in columns)
         table.add_row(escape(_printable(name)), *cells, style=style)
     return table
@@ -322,16 +327,30 @@ def next_commands(result: Mapping[str, Any] | None, run: Path) -> list[str]:
     return commands
 
 
+def loss_of(result: Mapping[str, Any]) -> str:
+    """What the loss of a result is a mean of."""
+    paired = any("preference_accuracy" in arm for arm in result["arms"].values())
+    return "of the comparison, per pair" if paired else "nats per answer token"
+
+
 def print_result(result: Mapping[str, Any], run: Path, console: Console | None = None) -> None:
     """Print the final table and the commands to go on with, on standard error by default."""
     console = console or stderr_console()
+    paired = any("preference_accuracy" in arm for arm in result["arms"].values())
+    examples = "pairs" if paired else "examples"
     notes = [
         "score: on all clients' test sets together; own test, worst, std: each client on its own test set",
-        "loss: nats per answer token; samples: examples that one model was trained on",
+        f"loss: {loss_of(result)}; samples: {examples} that one model was trained on",
         "up, down: bytes per client and round as they go over the wire",
     ]
     if all(arm["score"] is None for arm in result["arms"].values()):
         notes = notes[1:]
+    if paired:
+        notes.insert(
+            0,
+            "ranked right: pairs whose chosen answer has the higher reward (a tie counts half); "
+            "margin: reward of the chosen less that of the rejected",
+        )
     compared = result.get("equal_samples")
     console.print()
     if compared:

@@ -384,9 +384,14 @@ def _value(metric: str, value: float | None, error: float | None = None) -> str:
 
 def _show_data(one: dict[str, Any]) -> None:
     out(f"{one['data']}: {one['rows']:,} rows, score: {one['score_name']}")
+    ranked = one.get("preference_accuracy_per_client")  # of pairs of answers
+    heads = ["client", "score", "loss"] + ["ranked right", "margin"] * (ranked is not None)
     rows = [["all", _share(one["score"]), _loss(one["loss"])]]
     rows += [[client, _share(value), ""] for client, value in one["score_per_client"].items()]
-    out(table(rows if len(rows) > 2 else rows[:1], ("client", "score", "loss")))
+    if ranked is not None:
+        rows[0] += [_share(one["preference_accuracy"]), _loss(one["reward_margin"])]
+        rows = [rows[0], *([*row, _share(ranked[row[0]]), ""] for row in rows[1:])]
+    out(table(rows if len(rows) > 2 else rows[:1], heads))
 
 
 def _share(value: Any) -> str:

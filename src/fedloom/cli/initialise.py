@@ -172,7 +172,7 @@ def _named(data: str, model: str, name: str, overrides: Sequence[Override]) -> t
     notes = [f"{rows.name}: {rows.said}; {entry.licence}", *rows.notes]
     if rows.kind == "preference":
         notes.append(
-            "a run imitates answers: data.columns.completion=chosen, or see docs/data.md; preview shows the pairs"
+            "pairs of answers: a run compares them by DPO; data.columns.completion=chosen imitates the chosen ones"
         )
     return recipe_for(rows, data, model, name, named=entry, own_tests=None if tests is None else len(tests.rows)), notes
 

@@ -229,6 +229,8 @@ def _suites() -> list[dict[str, Any]]:
 def _figure(figures: dict[str, Any]) -> str:
     if figures.get("score") is not None:
         return f"{100 * figures['score']:.1f} %"
+    if figures.get("preference_accuracy") is not None:
+        return f"ranked right {100 * figures['preference_accuracy']:.1f} %"
     return f"loss {figures['loss']:.3f}" if figures.get("loss") is not None else "-"
 
 

@@ -129,8 +129,8 @@ class _Controlled:
     def nll(self, tree_C: Tree, batch_CBT: Batch) -> tuple[Tensor, Tensor]:
         return self.inner.nll(apart(tree_C, CONTROL)[1], batch_CBT)
 
-    def bound(self, tree_C: Tree) -> AbstractContextManager[nn.Module]:
-        return self.inner.bound(apart(tree_C, CONTROL)[1])
+    def bound(self, tree_C: Tree, seed_C: Tensor | None = None) -> AbstractContextManager[nn.Module]:
+        return self.inner.bound(apart(tree_C, CONTROL)[1], seed_C)
 
     def sync(self, base: Tree) -> None:
         self.inner.sync(base)

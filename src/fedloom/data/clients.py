@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedloom.data.batches import Batches, examples_seen, round_batches, steps_per_epoch
 from fedloom.data.federation import ClientData, Federation
+from fedloom.data.pair_batches import PairBatches, Pairs, pair_batches
 from fedloom.data.tokens import pad_id_of
 from fedloom.types import Client
 
@@ -15,7 +16,8 @@ from fedloom.types import Client
 class Clients:
     """A population over clients' data. A client's batches of a round are drawn when it is opened, tensors when used.
 
-    Exactly one of `num_steps` and `num_epochs` is set; `batch_size` is examples per optimiser step.
+    Exactly one of `num_steps` and `num_epochs` is set; `batch_size` is examples per optimiser step. `paired` is for
+    preference data, whose examples are pairs.
     """
 
     data: Mapping[str, ClientData]
@@ -24,6 +26,7 @@ class Clients:
     seed: int
     num_steps: int | None = None
     num_epochs: int | None = None
+    paired: bool = False
 
     @property
     def ids(self) -> Sequence[str]:
@@ -35,13 +38,25 @@ class Clients:
 
     def examples_seen(self, client: str, rounds: int) -> int:
         """How many examples a client works on in its first `rounds` rounds, known without drawing them."""
-        own = self.data[client].train
+        own = Pairs(self.data[client].train).longer if self.paired else self.data[client].train
         steps = self.num_steps or (self.num_epochs or 0) * steps_per_epoch(len(own), self.batch_size)
         return examples_seen(own, batch_size=self.batch_size, steps=rounds * steps, seed=self.seed, client=client)
 
-    def batches(self, client: str, round: int) -> Batches:
+    def batches(self, client: str, round: int) -> Batches | PairBatches:
+        train = self.data[client].train
+        if self.paired:
+            return pair_batches(
+                Pairs(train),
+                batch_size=self.batch_size,
+                num_steps=self.num_steps,
+                num_epochs=self.num_epochs,
+                pad_id=self.pad_id,
+                seed=self.seed,
+                round=round,
+                client=client,
+            )
         return round_batches(
-            self.data[client].train,
+            train,
             batch_size=self.batch_size,
             num_steps=self.num_steps,
             num_epochs=self.num_epochs,
@@ -62,4 +77,4 @@ def population(
 ) -> Clients:
     """All clients of prepared data, with `num_steps` batches or `num_epochs` epochs a round."""
     pad_id = pad_id_of(federation.tokenizer)
-    return Clients(federation.clients, pad_id, batch_size, seed, num_steps, num_epochs)
+    return Clients(federation.clients, pad_id, batch_size, seed, num_steps, num_epochs, federation.paired)

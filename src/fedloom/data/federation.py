@@ -165,6 +165,11 @@ class Federation:
     tokenizer: Tokenizer
     chat_template: str
 
+    @property
+    def paired(self) -> bool:
+        """Whether the rows are pairs of answers, so that an example has two sides."""
+        return self.report.read_as == "preference"
+
     def prompt_ids(self, examples: Sequence[Example]) -> list[list[int]]:
         """What generation starts from for each example: the very tokens that training has before the answer."""
         return prompt_ids([self.rows[example.row] for example in examples], self.tokenizer, self.chat_template)
@@ -181,12 +186,11 @@ class Federation:
     def digest(self) -> str:
         """Of every example and who holds it, in order: equal for the same data, however it came here."""
         digest = hashlib.sha256()
-        paired = self.report.read_as == "preference"
         for client in self.clients.values():
             digest.update(f"{len(client.id)} {client.id}".encode())
             for part in PARTS:
                 examples = getattr(client, part)
-                sides = (examples.numbers, examples.numbers + 1) if paired else (examples.numbers,)
+                sides = (examples.numbers, examples.numbers + 1) if self.paired else (examples.numbers,)
                 for numbers in sides:
                     digest.update(f"|{len(numbers)}|".encode())
                     digest.update(examples.tokens.digests[numbers].tobytes())
@@ -204,8 +208,8 @@ class Federation:
                 train=len(kept[line.id].train),
                 validation=len(kept[line.id].validation),
                 test=len(kept[line.id].test),
-                train_tokens=kept[line.id].train.num_tokens,
-                train_target_tokens=kept[line.id].train.num_target_tokens,
+                train_tokens=_whole(kept[line.id].train, self.paired).num_tokens,
+                train_target_tokens=_whole(kept[line.id].train, self.paired).num_target_tokens,
             )
             for line in self.report.clients
             if line.id in kept

@@ -172,7 +172,7 @@ def read(
     if limit is not None and limit < 1:
         raise UserError(f"data.limit {limit}: must be at least 1", code="data.limit")
     if path.startswith("builtin:"):
-        return _read_builtin(path, limit=limit, seed=seed)
+        return _read_builtin(path, limit=limit, seed=seed, paired=type == "preference")
 
     settings: dict[str, Any] = {"type": type, "columns": dict(columns or {}), "limit": limit}
     files = files_of(path, exclude) if files is None and streams is None else files
@@ -900,8 +900,9 @@ def _messages(
 # ---------------------------------------------------------------- built-in tasks
 
 
-def _read_builtin(path: str, *, limit: int | None, seed: int) -> Source:
+def _read_builtin(path: str, *, limit: int | None, seed: int, paired: bool = False) -> Source:
     from fedloom.data.builtin import TASKS
+    from fedloom.data.builtin.pairs import as_pair
 
     name = path.removeprefix("builtin:")
     if name not in TASKS:
@@ -922,7 +923,9 @@ def _read_builtin(path: str, *, limit: int | None, seed: int) -> Source:
             if limit is not None and share:
                 share = max(1, share * limit // total)
             natural[client][part] = range(len(rows), len(rows) + share)
-            rows.extend({"kind": "alpaca", "input": "", **row, "columns": row} for row in part_rows[:share])
+            for row in part_rows[:share]:
+                told = as_pair(name, row) if paired else row
+                rows.append({"kind": "preference" if paired else "alpaca", "input": "", **told, "columns": row})
     kind = str(rows[0]["kind"])
     source = Source(name=path, kind=kind, rows=as_rows(rows), read=len(rows), natural=natural, task=task)
     logger.info("%s: %s", path, source.said)

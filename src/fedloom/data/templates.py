@@ -229,8 +229,11 @@ def prompt_of(row: Row, tokenizer: Tokenizer, settings: Any) -> str:
 
 
 def answer_of(row: Row) -> str:
-    """The row's (last) answer, as the data has it."""
+    """The row's (last) answer, as the data has it; of a pair the chosen one."""
     kind = row["kind"]
+    if kind == "preference":
+        chosen = row["chosen"]
+        return chosen if isinstance(chosen, str) else str(chosen[-1]["content"])
     if kind == "chat":
         return str(row["messages"][-1]["content"])
     return str(row[{"alpaca": "output", "prompt_completion": "completion", "completion": "text"}[kind]])

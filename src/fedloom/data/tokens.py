@@ -399,7 +399,7 @@ def _tokenise(
     needed = np.zeros(len(rows), dtype=np.int32)  # the shortest length at which a token of the answer is kept
     wholly_cut = np.zeros(len(rows), dtype=np.bool_)
     refused = np.zeros(len(rows), dtype=np.bool_)
-    cut = kept = over = begin = total = 0
+    cut = kept = over = begin = total = alike = 0
     columns.append(offsets=np.zeros(1))
     for some in blocks(rows, chunk, BLOCK_BYTES):
         lines = iter(maker.lines([side for row in some for side in sides(row)]))
@@ -419,6 +419,10 @@ def _tokenise(
             rooms = [len(line.ids) if max_length is None else min(len(line.ids), max_length) for line in own]
             if any(_first_trained(line.runs) + 1 > room for line, room in zip(own, rooms, strict=True)):
                 wholly_cut[number] = True
+                continue
+            if len(own) == 2 and own[0].ids[: rooms[0]] == own[1].ids[: rooms[1]]:
+                wholly_cut[number] = True  # what tells them apart is cut: nothing is left to compare
+                alike += 1
                 continue
             cut += any(room < len(line.ids) for line, room in zip(own, rooms, strict=True))
             over += own_limit is not None and max(rooms) > own_limit
@@ -453,6 +457,8 @@ def _tokenise(
         raise _nothing_left(max_length, full_lengths, needed, wholly_cut, maker)
     columns.append(full_lengths=full_lengths, fates=wholly_cut * _WHOLLY_CUT + refused * _REFUSED)
     notes = maker.notes(kept)
+    if alike:
+        notes += (f"{alike:,} pair{'s differ' if alike > 1 else ' differs'} only beyond max_length {max_length}",)
     if over:
         notes += (
             f"{over:,} rows are longer than the {own_limit:,} tokens the model's tokenizer states as its most; "

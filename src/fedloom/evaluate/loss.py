@@ -55,14 +55,12 @@ def stack_batches(batches: Sequence[Batch], device: torch.device | str = "cpu") 
     rows = max(batch["input_ids"].shape[0] for batch in batches)
     tokens = max(batch["input_ids"].shape[1] for batch in batches)
 
-    def padded(batch: Batch, key: str, value: int) -> Tensor:
+    def padded(batch: Batch, key: str) -> Tensor:
         b, t = batch[key].shape
-        return F.pad(batch[key], (0, tokens - t, 0, rows - b), value=value)
+        return F.pad(batch[key], (0, tokens - t, 0, rows - b), value=IGNORED if key == "labels" else 0)
 
-    return {
-        "input_ids": torch.stack([padded(batch, "input_ids", 0) for batch in batches]).to(device),
-        "labels": torch.stack([padded(batch, "labels", IGNORED) for batch in batches]).to(device),
-    }
+    matrices = [key for key, leaf in batches[0].items() if leaf.ndim == 2]  # not the lengths
+    return {key: torch.stack([padded(batch, key) for batch in batches]).to(device) for key in matrices}
 
 
 def mean_loss(metrics: Metrics) -> float:

@@ -207,9 +207,10 @@ class Record:
     def batch(self, batches: Sequence[Batch]) -> None:
         tokens = max(batch["input_ids"].shape[1] for batch in batches)
         num_rows = max(batch["input_ids"].shape[0] for batch in batches)
+        sides = sum(name.endswith("_ids") for name in batches[0])  # a pair of answers goes through the model as two
         for row, batch in zip(self.rows, batches, strict=False):
             row["tokens"] += float(batch["lengths"].sum())
-            row["padded_tokens"] += tokens * num_rows
+            row["padded_tokens"] += tokens * num_rows * sides
             row["examples"] += batch["input_ids"].shape[0]
             row["steps"] += 1
 

@@ -17,6 +17,7 @@ from fedloom.study.settings import (
     ClientOptim,
     Compression,
     DownCompression,
+    LossType,
     RankMix,
     ServerOptim,
     SplitKind,
@@ -46,8 +47,9 @@ class DataRecipe(Block):
     )
     type: Literal["auto", "alpaca", "chat", "prompt_completion", "completion", "preference"] = Field(
         "auto",
-        description="What a row is. `auto` looks at the columns and says what it took. `preference` is read and "
-        "previewed; a run trains on answers to imitate.",
+        description="What a row is. `auto` looks at the columns and says what it took. `preference` is a chosen and a "
+        "rejected answer, compared by the loss of `dpo`; the others are answers to imitate. A built-in task as "
+        "`preference` has typical mistakes to reject.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -261,6 +263,23 @@ class ClientRecipe(Block):
     shared: Literal["all", "lora_A", "lora_B"] = Field(
         "all",
         description="The factors that are sent and averaged; the others stay with the client. FedSA-LoRA: `lora_A`.",
+    )
+
+
+class DpoRecipe(Block):
+    """The loss on pairs of answers: only with rows of type `preference`. The reference is the base as it is loaded."""
+
+    loss_type: LossType | None = Field(
+        None,
+        description="`sigmoid` is DPO as published; `sigmoid_norm` the same on log-likelihoods per token; `hinge` and "
+        "`ipo` (per token). Default sigmoid.",
+    )
+    beta: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="How strongly the model is held to the base. Default 0.1, sigmoid_norm 2."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = Field(
+        None,
+        description="The share of pairs taken to be the wrong way round. Default 0. Only for sigmoid and sigmoid_norm.",
     )
 
 

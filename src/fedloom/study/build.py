@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedloom.adapters import dora, full, ia3, lora, p_tuning, prefix_tuning, prompt_tuning
+from fedloom.adapters import dora, dpo, full, ia3, lora, p_tuning, prefix_tuning, prompt_tuning
+from fedloom.adapters import start as starting
 from fedloom.aggregates import fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
 from fedloom.clients import (
     alternate,
@@ -26,7 +29,9 @@ from fedloom.compress import cast, low_rank, quantize, random_k, top_k, zstd
 from fedloom.data.batches import steps_per_epoch
 from fedloom.data.clients import Clients, population
 from fedloom.data.federation import ClientData, Federation
+from fedloom.data.pair_batches import Pairs
 from fedloom.data.tokens import pad_id_of
+from fedloom.errors import UserError
 from fedloom.models.load import Base, load_tokenizer
 from fedloom.ops.ranks import Ranks
 from fedloom.optimizers import Optimizer, adagrad, adam, adamw, decay, sgd, yogi
@@ -49,7 +54,10 @@ from fedloom.types import (
     Site,
     State,
     Transform,
+    Tree,
 )
+
+logger = logging.getLogger("fedloom")
 
 POOLED = "pooled"  # the one client of the global arm
 CPU_NUMBERS_PER_PASS = 640_000  # tokens x hidden size: beyond it a wider pass loses on a CPU (benchmarks/throughput)
@@ -226,10 +234,87 @@ CLIENTS: Mapping[str, Callable[[Recipe, int], ClientUpdate]] = {"sgd": sgd_of, "
 
 def adapter_of(base: Base, recipe: Recipe) -> Adapter:
     adapter = ADAPTERS[recipe.adapter.kind](base, recipe.adapter)
+    if recipe.data.type == "preference":
+        loss = recipe.dpo
+        adapter = dpo(
+            adapter,
+            beta=_given(loss.beta),
+            loss_type=loss.loss_type or "sigmoid",
+            label_smoothing=loss.label_smoothing or 0.0,
+        )
     if recipe.client.kind != "scaffold":
         return adapter
     trainable = recipe.client.trainable
     return with_control(adapter, lambda name: trainable == "all" or trainable in name)
+
+
+# ---- what a run starts from ------------------------------------------------------------------------------------------
+
+
+def start_folder(place: str) -> Path:
+    """The LoRA folder of `start_from`: a run's adapter, or the folder itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    given = Path(place).expanduser()
+    for folder in (given, given / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    raise UserError(
+        f"start_from {place}: " + ("there is no adapter in it" if given.is_dir() else "there is no such folder"),
+        hint=f"fedloom run --resume {place}"
+        if (given / "recipe.yaml").is_file()
+        else "a finished run, or the folder of a LoRA adapter (adapter_config.json and adapter_model.safetensors)",
+        code="adapter.start",
+    )
+
+
+def started(base: Base, recipe: Recipe) -> Base:
+    """The base with what the run starts from merged into its weights.
+
+    Raises:
+        UserError: there is no such adapter, it is no LoRA adapter, or not for this model.
+    """
+    if recipe.start_from is None:
+        return base
+    folder = start_folder(recipe.start_from)
+    made_for = starting.merge_into(base.model, folder)
+    logger.info("start_from %s: merged into %d layers", folder, len(made_for))
+    return base
+
+
+def start_digest(recipe: Recipe) -> str | None:
+    """Of the adapter that the run starts from, so that a resumed run is sure to have the same model."""
+    return None if recipe.start_from is None else starting.digest_of(start_folder(recipe.start_from))
+
+
+def check_start(recipe: Recipe, adapter: Adapter) -> None:
+    """What is trained must be on the layers of what it starts from, so that one adapter can hold both.
+
+    Raises:
+        UserError: it is not.
+    """
+    if recipe.start_from is None:
+        return
+    kind: Any = adapter
+    under = set(starting.read_factors(start_folder(recipe.start_from)))
+    on = set(kind.sites)
+    if on != under:
+        names = sorted({name.rsplit(".", 1)[-1] for name in under})
+        raise UserError(
+            f"start_from {recipe.start_from} is on {len(under)} layers, the adapter on {len(on)}, and they are not the "
+            f"same ({sorted(on ^ under)[0]}, ...)",
+            hint=f"adapter.lora_target_modules=[{', '.join(names)}]",
+            code="adapter.start",
+        )
+
+
+def export_adapter(adapter: Adapter, recipe: Recipe, tree: Tree, folder: Path) -> None:
+    """Write an adapter for the model that the recipe names, with what the run started from in it."""
+    adapter.export(tree, folder)
+    if recipe.start_from is not None:
+        starting.write_stacked(folder, start_folder(recipe.start_from))
 
 
 def algorithm_of(
@@ -314,7 +399,8 @@ def population_of(federation: Federation, recipe: Recipe, arm: str) -> Clients:
         steps = max(1, round(sum(each) / len(each)))
     pooled = ClientData(POOLED, *(federation.pooled(part) for part in ("train", "validation", "test")))
     width = clients_per_round(recipe, len(federation.clients)) or len(federation.clients)
-    return Clients({POOLED: pooled}, pad_id_of(federation.tokenizer), size * width, recipe.seed, steps)
+    pad_id = pad_id_of(federation.tokenizer)
+    return Clients({POOLED: pooled}, pad_id, size * width, recipe.seed, steps, paired=federation.paired)
 
 
 def samples_of_a_local_model(federation: Federation, recipe: Recipe) -> int:
@@ -382,7 +468,8 @@ def width_of(recipe: Recipe, federation: Federation, base: Base) -> int:
     width = recipe.runtime.clients_per_batch
     if isinstance(width, int):
         return width
-    lengths = federation.pooled("train").lengths
+    train = federation.pooled("train")
+    lengths = 2 * Pairs(train).lengths if federation.paired else train.lengths
     typical = float(lengths.mean()) if len(lengths) else 1.0
     hidden_size = int(getattr(base.model.config, "hidden_size", 1024))
     room = CPU_NUMBERS_PER_PASS // hidden_size if base.device.type == "cpu" else GPU_TOKENS_PER_PASS

@@ -12,6 +12,9 @@ T tokens through the model, M of them targets of the loss, and P the sum over ro
    12 L D P    attention: scores and mixtures, forward and twice backward (L layers, D = heads x head size; the masked
                half is counted, as torch's counter does)
 
+A loss that compares with a reference (`fedloom.adapters.dpo`) has one more forward pass without the adapter: 2 F T,
+2 H M and 4 L D P.
+
 Virtual tokens stand before each row: as embeddings they are tokens like any other (T and P grow by them), as keys and
 values only P grows; nothing of them is a matrix that tokens pass, so N is 0 but for the encoder that makes them, which
 works once a step.
@@ -35,6 +38,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.data.batches import Batches, lengths_of
+from fedloom.data.pair_batches import PairBatches
 from fedloom.tree import num_elements
 from fedloom.types import Adapter, Tree
 
@@ -67,24 +71,31 @@ class Work(NamedTuple):
     pairs: float  # sum over rows of tokens^2
     padded_tokens: float
     padded_pairs: float
+    rows: float  # through the model: two for a pair of answers
+    targets: float | None = None  # answer tokens, where the loss is no mean over them
 
     @property
     def padded_pairs_per_token(self) -> float:
         return self.padded_pairs / self.padded_tokens if self.padded_tokens else 0.0
 
 
-def work_of(batches: Batches) -> Work:
+def work_of(batches: Batches | PairBatches) -> Work:
     """Counted from the plan: no tensor is made."""
     lengths = lengths_of(batches.examples)
-    tokens = pairs = padded_tokens = padded_pairs = 0.0
+    tokens = pairs = padded_tokens = padded_pairs = rows = 0.0
+    paired = isinstance(batches, PairBatches)
+    targets = 0.0
     for places in batches.plan:
+        rows += len(places)
+        if isinstance(batches, PairBatches):
+            targets += float(batches.examples.tokens.targets[batches.examples.numbers[places]].sum())
         own = lengths[places].astype(np.float64)
         longest = float(own.max())
         tokens += float(own.sum())
         pairs += float((own * own).sum())
         padded_tokens += len(own) * longest
         padded_pairs += len(own) * longest * longest
-    return Work(tokens, pairs, padded_tokens, padded_pairs)
+    return Work(tokens, pairs, padded_tokens, padded_pairs, rows, targets if paired else None)
 
 
 def training_flops(adapter: Adapter, params: Tree) -> Flops:
@@ -119,6 +130,8 @@ def training_flops(adapter: Adapter, params: Tree) -> Flops:
     if whole:
         per_token, per_target = per_token + per_target, 0.0
     pair = 12.0 * layers * heads * int(size)
+    if hasattr(adapter, "rewards"):  # the reference's pass
+        per_token, per_target, pair = per_token + 2.0 * forward, per_target + 2.0 * head_size, pair * 4 / 3
     return Flops(per_token, per_target, pair, encoder, 0 if in_cache else number, number if in_cache else 0)
 
 

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 from fedloom.data.batches import eval_batches
 from fedloom.data.federation import Federation
+from fedloom.data.pair_batches import Pairs, eval_pair_batches
 from fedloom.data.tokens import pad_id_of
 from fedloom.evaluate.loss import add_metrics, loss_evaluation, mean_loss
+from fedloom.evaluate.preference import preference_evaluation, preference_figures
 from fedloom.evaluate.scores import Scored, auto_score, mean_score, score_evaluation
 from fedloom.study.recipe import Recipe
 from fedloom.study.result import ArmResult, Scores, scores
-from fedloom.study.settings import BEST_BY
 from fedloom.types import Adapter, Client, Evaluation, Metrics, Tree
 
 DEFAULT_NEW_TOKENS = 256
@@ -58,9 +59,11 @@ def measures(recipe: Recipe, federation: Federation, on_scored: OnScored | None 
         def examples(client: str):  # type: ignore[no-untyped-def]
             return getattr(federation.clients[owner or client], what)
 
-        loss = loss_evaluation(
-            name, lambda client: eval_batches(examples(client), batch_size=settings.eval_batch_size, pad_id=pad_id)
-        )
+        size = {"batch_size": settings.eval_batch_size, "pad_id": pad_id}
+        if federation.paired:
+            loss = preference_evaluation(name, lambda client: eval_pair_batches(Pairs(examples(client)), **size))
+        else:
+            loss = loss_evaluation(name, lambda client: eval_batches(examples(client), **size))
         if not scored:
             return loss
         told = on_scored
@@ -83,7 +86,7 @@ def measures(recipe: Recipe, federation: Federation, on_scored: OnScored | None 
         return Evaluation(name, run)
 
     scoring = score != "none"
-    by_score = BEST_BY.get(settings.best_by or "", False)
+    by_score = (settings.best_by or "").startswith("score")
     owners = list(federation.clients)
 
     def run_common(adapter: Adapter, tree_C: Tree, clients: Sequence[Client]) -> list[Metrics]:
@@ -133,6 +136,8 @@ def summary(per_client: Mapping[str, Metrics], *, loss: float | None, score: flo
         losses={client: _finite(mean_loss(row)) for client, row in per_client.items()},
         score_weights={client: row.get("scored", 0.0) for client, row in per_client.items()},
         loss_weights={client: row.get("target_tokens", 0.0) for client, row in per_client.items()},
+        preferences={client: dict(preference_figures(row)) for client, row in per_client.items()},
+        preference=preference_figures(add_metrics(per_client.values())),
     )
 
 
@@ -140,7 +145,11 @@ def _plain_mean(per_client: Mapping[str, Metrics]) -> Scores:
     """Each client's model on its own test set: the mean over clients, whatever their sizes."""
     losses = [mean_loss(row) for row in per_client.values() if row.get("target_tokens") or row.get("nonfinite")]
     mean = math.fsum(losses) / len(losses) if losses else math.nan
-    return summary(per_client, loss=_finite(mean))
+    found = summary(per_client, loss=_finite(mean))
+    each = [figures for row in per_client.values() if (figures := preference_figures(row))]
+    for key in each[0] if each else ():  # clients alike, as score and loss are here
+        found[key] = math.fsum(figures[key] for figures in each) / len(each)  # type: ignore[literal-required]
+    return found
 
 
 def _finite(value: float) -> float | None:

@@ -17,6 +17,7 @@ from fedloom.study.settings import (
     COMPRESS_DEFAULTS,
     COMPRESS_ORDER,
     DEFAULT_VAL_SHARE,
+    DPO_DEFAULTS,
     LINEAR_OPTIMS,
     LOSSY,
     SERVER_OPTIM_DEFAULTS,
@@ -67,7 +68,7 @@ def _data_objections(recipe: Recipe) -> Iterator[Objection]:
         natural = recipe.split.kind == "natural"
         given: dict[str, Any] = {
             "test_path": data.test_path,
-            "type": None if data.type == "auto" else data.type,
+            "type": None if data.type in ("auto", "preference") else data.type,
             "columns": data.columns or None,
             "val_set_size": data.val_set_size if natural and data.val_set_size != DEFAULT_VAL_SHARE else None,
             "test_set_size": data.test_set_size,
@@ -173,6 +174,7 @@ def _training_objections(recipe: Recipe) -> Iterator[Objection]:
     yield from _adapter_objections(recipe)
     yield from _drift_objections(recipe)
     yield from _factor_objections(recipe)
+    yield from _dpo_objections(recipe)
     settings = {
         key: getattr(server, key)
         for key in (
@@ -263,6 +265,44 @@ def _dora_objections(recipe: Recipe) -> Iterator[Objection]:
             f"{client.trainable}, but then dora's magnitudes would never be trained: adapter.kind: lora, or another "
             "method",
         )
+
+
+def _dpo_objections(recipe: Recipe) -> Iterator[Objection]:
+    """The loss on pairs. What the rows are is known here only where data.type says it."""
+    dpo, data = recipe.dpo, recipe.data
+    if recipe.start_from is not None and recipe.adapter.kind != "lora":
+        yield Objection(
+            ("start_from", "adapter.kind"),
+            f"{recipe.start_from}, but adapter.kind is {recipe.adapter.kind}: what is merged is written out together "
+            "with the new adapter, and only lora can hold both",
+        )
+    elif recipe.start_from is not None and recipe.adapter.bias not in (None, "none"):
+        yield Objection(
+            ("start_from", "adapter.bias"),
+            f"{recipe.start_from}, but adapter.bias is {recipe.adapter.bias}: what is written out has factors of both "
+            "adapters, and no biases",
+        )
+    if data.type == "preference":
+        if data.train_on_inputs:
+            yield Objection(
+                ("data.train_on_inputs", "data.type"),
+                "true would have no effect: both answers of a pair have the same prompt, and it cancels",
+            )
+        for key in ("beta", "label_smoothing"):
+            value = getattr(dpo, key)
+            if value is not None and key not in DPO_DEFAULTS[dpo.loss_type or "sigmoid"]:
+                having = [name for name, row in DPO_DEFAULTS.items() if key in row]
+                yield Objection(
+                    (f"dpo.{key}", "dpo.loss_type"),
+                    f"{value} would have no effect: loss_type is {dpo.loss_type}; {_listed(having)} have it",
+                )
+    elif data.type != "auto":
+        for key in ("loss_type", "beta", "label_smoothing"):
+            if getattr(dpo, key) is not None:
+                yield Objection(
+                    (f"dpo.{key}", "data.type"),
+                    f"{getattr(dpo, key)} would have no effect: data.type is {data.type}; preference has pairs",
+                )
 
 
 def _factor_objections(recipe: Recipe) -> Iterator[Objection]:
@@ -440,7 +480,12 @@ def _best_objections(recipe: Recipe) -> Iterator[Objection]:
             f"{best_by}, which is none of {', '.join(BEST_BY)} and no TASK/METRIC"
             + (f"; did you mean {near[0]}?" if near else ""),
         )
-    elif best_by is not None and BEST_BY[best_by] and evaluate.score == "none":
+    elif best_by == "preference_accuracy" and recipe.data.type not in ("auto", "preference"):
+        yield Objection(
+            ("evaluate.best_by", "data.type"),
+            f"{best_by}, but data.type is {recipe.data.type}: only preference rows have pairs",
+        )
+    elif best_by is not None and best_by.startswith("score") and evaluate.score == "none":
         yield Objection(("evaluate.best_by", "evaluate.score"), f"{best_by}, but evaluate.score is none: best_by: loss")
     if best_by is not None and not slash and recipe.data.val_set_size == 0:
         yield Objection(

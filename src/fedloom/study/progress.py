@@ -120,6 +120,8 @@ def round_text(line: Mapping[str, Any], last_val_loss: float | None = None) -> s
         parts.append(f"val {line['val_loss']:.3f}{change}")
     if line.get("score") is not None:
         parts.append(f"score {100 * line['score']:.1f} %")
+    if line.get("preference_accuracy") is not None:
+        parts.append(f"preferred {100 * line['preference_accuracy']:.1f} %, margin {line['reward_margin']:.2f}")
     if line.get("bytes_up_per_client"):
         parts.append(f"up {byte_text(line['bytes_up_per_client'])}/client")
     if line.get("tokens_per_second"):

@@ -24,6 +24,7 @@ from fedloom.study.blocks import (
     ClientRecipe,
     CompressRecipe,
     DataRecipe,
+    DpoRecipe,
     EvaluateRecipe,
     RuntimeRecipe,
     ServerRecipe,
@@ -39,6 +40,7 @@ from fedloom.study.settings import (
     DEFAULT_CLIENTS,
     DEFAULT_SHARDS,
     DEFAULT_TEST_SHARE,
+    DPO_DEFAULTS,
     LOSSY,
     SERVER_OPTIM_DEFAULTS,
     Arm,
@@ -59,6 +61,11 @@ class Recipe(Block):
         "auto", description="Of the frozen model; `auto` is bfloat16 where the hardware has it. Adapters are float32."
     )
     data: DataRecipe = Field(default_factory=DataRecipe, description="Where the rows come from.")
+    start_from: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="A run, or a PEFT folder of a LoRA adapter, that is merged into the model first: what is trained "
+        "then is a new adapter on top, and the reference of `dpo` is the merged model. Only with adapter.kind lora.",
+    )
     split: SplitRecipe = Field(default_factory=SplitRecipe, description="Who holds which rows.")
     adapter: AdapterRecipe = Field(default_factory=AdapterRecipe, description="What is trained.")
     method: Method = Field(
@@ -75,6 +82,7 @@ class Recipe(Block):
         None, description="Passes over a client's rows per round. This or local_steps."
     )
     client: ClientRecipe = Field(default_factory=ClientRecipe, description="One client's work in one round.")
+    dpo: DpoRecipe = Field(default_factory=DpoRecipe, description="The loss on pairs of answers.")
     aggregate: AggregateRecipe = Field(default_factory=AggregateRecipe, description="What the sum of uploads means.")
     server: ServerRecipe = Field(default_factory=ServerRecipe, description="What the server does with it.")
     compress: CompressRecipe = Field(default_factory=CompressRecipe, description="How messages are made smaller.")
@@ -130,6 +138,7 @@ BLOCKS: Mapping[str, type[Block]] = {
     "split": SplitRecipe,
     "adapter": AdapterRecipe,
     "client": ClientRecipe,
+    "dpo": DpoRecipe,
     "aggregate": AggregateRecipe,
     "server": ServerRecipe,
     "compress": CompressRecipe,
@@ -177,6 +186,9 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
     settle(client, row(CLIENT_OPTIM_DEFAULTS, client.get("optim", "adamw")))
     if client.get("lr_scheduler_type", "cosine") in ("linear", "cosine"):
         settle(client, {"min_lr_ratio": 0.0})
+    if data.get("type") == "preference":
+        settle(filled["dpo"], {"loss_type": "sigmoid"})
+        settle(filled["dpo"], row(DPO_DEFAULTS, filled["dpo"]["loss_type"]))
     compress = filled["compress"]
     both_ways = [kind for way in ("up", "down") if isinstance(compress.get(way), Sequence) for kind in compress[way]]
     for kind, settings in COMPRESS_DEFAULTS.items():
@@ -244,6 +256,8 @@ def _said(block: BaseModel) -> dict[str, Any]:
         value = getattr(block, key)
         if isinstance(value, BaseModel):
             value = _said(value)
+            if not value and key == "dpo":
+                continue  # rows to imitate have none of it
         elif (value is None and field.default is None) or value in ({}, []) or (key == "path" and not value):
             continue
         values[key] = value
@@ -261,6 +275,8 @@ def resolved_yaml(recipe: Recipe, schema: str = "recipe.schema.json") -> str:
     lines = [f"# yaml-language-server: $schema={schema}"]
     for key, value in _said(recipe).items():
         if key in BLOCKS:
+            if not value:  # a block in which nothing applies
+                continue
             lines.append(f"{key}:")
             lines.extend(f"  {leaf}: {yaml_value(item)}" for leaf, item in value.items())
         else:

@@ -182,6 +182,8 @@ def _decile(one: Mapping[str, Any], measure: str) -> float | None:
 def _perplexity(one: Mapping[str, Any]) -> float | None:
     if one.get("perplexity") is not None:
         return float(one["perplexity"])
+    if one.get("preference_accuracy") is not None:
+        return None  # the loss is of pairs
     loss = one.get("loss")
     return math.exp(loss) if loss is not None and loss < 700 else None
 
@@ -195,7 +197,10 @@ def quality_about(measure: str) -> str:
         )
     else:
         text = "Loss is on the test sets of all clients together; own loss is the mean of each client on its own."
-    return f"{text} Local has one model per client, and its figures are means over them. Loss: nats per answer token."
+    return (
+        f"{text} Local has one model per client, and its figures are means over them. Loss: nats per answer "
+        "token; of pairs of answers, the loss per pair."
+    )
 
 
 def quality_table(
@@ -216,7 +221,17 @@ def quality_table(
         (Column("worst tenth", "mean of the clients that fare worst"), lambda one: share_cell(_decile(one, "score"))),
         (Column("worst client"), lambda one: share_cell(one["own_test"]["score_worst"])),
         (Column("std, points", "over the clients"), lambda one: points_cell(one["own_test"]["score_std"])),
-        (Column("loss", "nats per answer token, on all test sets"), lambda one: loss_cell(one["loss"])),
+        (
+            Column("ranked right", "pairs whose chosen answer has the higher reward; a tie counts half"),
+            lambda one: share_cell(one.get("preference_accuracy"))._replace(strong=True),
+        ),
+        (
+            Column("reward margin", "beta log pi/ref, chosen less rejected"),
+            lambda one: loss_cell(one.get("reward_margin")),
+        ),
+        (Column("reward, chosen"), lambda one: loss_cell(one.get("reward_chosen"))),
+        (Column("reward, rejected"), lambda one: loss_cell(one.get("reward_rejected"))),
+        (Column("loss", "nats per answer token or per pair, on all test sets"), lambda one: loss_cell(one["loss"])),
         (Column("perplexity", "e to the loss"), lambda one: perplexity_cell(_perplexity(one))),
         (Column("own loss", own), lambda one: loss_cell(one["own_test"]["loss"])),
     ]

@@ -61,6 +61,13 @@ class Scores(TypedDict):
     loss_worst: NotRequired[float | None]
     loss_decile: NotRequired[float | None]
     loss_std: NotRequired[Amount | None]
+    # Of pairs of answers (data.type preference), where a loss is a mean over pairs and there is no perplexity: the
+    # share whose chosen answer has the higher reward (a tie counts half), and mean rewards beta * log pi/ref.
+    preference_accuracy: NotRequired[Share]
+    preference_accuracy_per_client: NotRequired[dict[str, Share | None]]
+    reward_chosen: NotRequired[float]
+    reward_rejected: NotRequired[float]
+    reward_margin: NotRequired[float]
 
 
 @with_config(extra="forbid", allow_inf_nan=False)
@@ -182,6 +189,8 @@ def scores(
     losses: Mapping[str, float | None] | None = None,
     score_weights: Mapping[str, float] | None = None,
     loss_weights: Mapping[str, float] | None = None,
+    preference: Mapping[str, float] | None = None,
+    preferences: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Scores:
     """Scores of one arm from its clients' scores; `score` is their mean unless it is given.
 
@@ -190,6 +199,8 @@ def scores(
     Args:
         losses: the clients' losses, for the same figures of the loss.
         score_weights, loss_weights: how much a client counts in the weighted means; without them these are left out.
+        preference, preferences: figures of pairs of answers, of all clients together and of each; empty where the rows
+            are no pairs.
     """
     found: Scores = {
         "loss": loss,
@@ -199,8 +210,13 @@ def scores(
         "score_std": _std(per_client),
         "score_plain_mean": _mean(per_client),
         "score_decile": _worst_tenth(per_client, highest=False),
-        "perplexity": perplexity(loss),
+        "perplexity": None if preference else perplexity(loss),
     }
+    if preference:
+        found.update(preference)  # type: ignore[typeddict-item]
+        found["preference_accuracy_per_client"] = {
+            client: figures.get("preference_accuracy") for client, figures in (preferences or {}).items()
+        }
     if score_weights is not None:
         found["score_weighted_mean"] = _mean(per_client, score_weights)
     if losses is not None:

@@ -19,8 +19,10 @@ import torch
 
 from fedloom.data.batches import Batches
 from fedloom.data.clients import Clients
+from fedloom.data.pair_batches import PairBatches
 from fedloom.errors import FedloomError, RunError, UserError
 from fedloom.evaluate.loss import add_metrics, mean_loss, require_finite
+from fedloom.evaluate.preference import preference_figures
 from fedloom.evaluate.scores import mean_score
 from fedloom.evaluate.tasks.run import Answerer, answerer_of
 from fedloom.ops.names import CONTROL, apart
@@ -31,6 +33,7 @@ from fedloom.study import checkpoint
 from fedloom.study.arm_tasks import Figures, mean_figures, measure, merged_counts, place_of
 from fedloom.study.build import (
     algorithm_of,
+    export_adapter,
     global_pieces,
     population_of,
     population_weight_of,
@@ -39,6 +42,7 @@ from fedloom.study.build import (
     samples_of_a_local_model,
     sampling_of,
     schedule_of,
+    start_digest,
     width_of,
 )
 from fedloom.study.choose import LAST, Best, value_of
@@ -115,9 +119,10 @@ class Totals:
         self.client_rounds += len(report.clients)
         self.failed += len(report.failed)
         for client, row in report.clients.items():
-            shape, targets = work[client], row["target_tokens"]
+            shape = work[client]
+            targets = row["target_tokens"] if shape.targets is None else shape.targets
             padded = row["padded_tokens"]
-            much = {"targets": targets, "rows": row["examples"], "steps": row["steps"]}
+            much = {"targets": targets, "rows": shape.rows, "steps": row["steps"]}
             self.flops += flops.of(tokens=row["tokens"], pairs=shape.pairs, **much)
             self.flops_padded += flops.of(tokens=padded, pairs=padded * shape.padded_pairs_per_token, **much)
 
@@ -303,6 +308,7 @@ class _Runner:
                 },
                 "data": report.to_json(),
                 "data_digest": self.session.data_digest(),
+                **({} if self.recipe.start_from is None else {"start_digest": start_digest(self.recipe)}),
                 "versions": versions(),
                 "arms": {arm: 0 if arm == "base" else self.recipe.rounds for arm in arms},
                 "started": time.time(),
@@ -322,6 +328,12 @@ class _Runner:
                 f"({facts.get('data', {}).get('source', self.recipe.data.path)} has changed)",
                 hint="put the old file back, or start anew with another output_dir",
                 code="run.data_changed",
+            )
+        if facts.get("start_digest") != start_digest(self.recipe):
+            raise UserError(
+                f"{self.recipe.start_from} is not what the run began with (start_from has changed)",
+                hint="put the old adapter back, or start anew with another output_dir",
+                code="run.start_changed",
             )
         if facts.get("versions", {}).get("torch") != versions().get("torch"):
             self.display.message(
@@ -533,6 +545,7 @@ class _Runner:
             scored = {client: mean_score(row) for client, row in val.items()}
             if any(score is not None for score in scored.values()):
                 line["score_per_client"] = scored
+            line |= preference_figures(total or {})
         if tasks is not None:
             line["tasks"] = tasks
         if report is not None:
@@ -650,7 +663,7 @@ class _Runner:
         place = self.folder.model if getattr(adapter, "whole_model", False) else self.folder.adapter
         temporary = temporary_beside(place)
         try:
-            adapter.export(state.params, temporary)
+            export_adapter(adapter, self.recipe, state.params, temporary)
             if place.exists():
                 shutil.rmtree(place)
             temporary.rename(place)
@@ -748,7 +761,7 @@ class Watched:
             self.round, self.done, self.total = round, 0, 0
             self.work = {}
         self.total += len(opened.batches)
-        assert isinstance(opened.batches, Batches)
+        assert isinstance(opened.batches, Batches | PairBatches)
         self.work[client] = work_of(opened.batches)
         return opened._replace(batches=_Counted(opened.batches, self))
 
@@ -758,7 +771,7 @@ class Watched:
 
 
 class _Counted(Sequence[Any]):
-    def __init__(self, batches: Batches, watched: Watched) -> None:
+    def __init__(self, batches: Batches | PairBatches, watched: Watched) -> None:
         self.batches, self.watched = batches, watched
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ import torch
 from fedloom import tree
 from fedloom.data.batches import Batches, collate
 from fedloom.data.federation import Federation, prepare
+from fedloom.data.pair_batches import PairBatches, Pairs, collate_pairs
 from fedloom.data.tokens import pad_id_of
 from fedloom.errors import RunError, UserError
 from fedloom.models.causal import positions_of
@@ -27,18 +28,20 @@ from fedloom.study.arm_tasks import Benchmark, open_benchmarks
 from fedloom.study.build import (
     adapter_of,
     algorithm_of,
+    check_start,
     clients_per_round,
     message_bytes,
     population_of,
+    started,
     width_of,
 )
 from fedloom.study.choose import LAST
 from fedloom.study.costs import peak_memory_bytes
 from fedloom.study.folder import temporary_beside
 from fedloom.study.measure import Measures, OnScored, measures, score_of
+from fedloom.study.objections import objections
 from fedloom.study.progress import amount, byte_text, duration
 from fedloom.study.recipe import Recipe
-from fedloom.study.settings import BEST_BY
 from fedloom.types import Adapter, Client, Site
 
 SMOKE_CLIENTS, SMOKE_ROWS, SMOKE_STEPS, SMOKE_ITEMS = 2, 8, 2, 2
@@ -49,8 +52,9 @@ def device_name() -> str:
 
 
 def make_base(recipe: Recipe) -> Base:
-    """The recipe's base model, freshly loaded."""
-    return load_base(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, device=device_name())
+    """The recipe's base model, freshly loaded, with what the run starts from in its weights."""
+    base = load_base(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, device=device_name())
+    return started(base, recipe)
 
 
 @dataclass
@@ -88,7 +92,7 @@ def open_session(recipe: Recipe, *, smoke: bool = False) -> Session:
     benchmarks = open_benchmarks(recipe)
     base = make_base(recipe)
     federation = prepare(recipe.data, recipe.split, base.tokenizer, recipe.seed)
-    _check_trainable(federation)
+    recipe = for_rows(recipe, federation)
     _check_positions(base, recipe, federation)
     best_by = _chosen_by(recipe, federation)
     if smoke:
@@ -96,7 +100,9 @@ def open_session(recipe: Recipe, *, smoke: bool = False) -> Session:
         recipe = smoke_recipe(recipe)
         best_by = _chosen_by(recipe, federation)
     _check_cohort(recipe, federation)
-    return Session(recipe, base, federation, adapter_of(base, recipe), host.threads, benchmarks, best_by)
+    adapter = adapter_of(base, recipe)
+    check_start(recipe, adapter)
+    return Session(recipe, base, federation, adapter, host.threads, benchmarks, best_by)
 
 
 def _chosen_by(recipe: Recipe, federation: Federation) -> str:
@@ -118,7 +124,13 @@ def _chosen_by(recipe: Recipe, federation: Federation) -> str:
                 code="evaluate.best_by",
             )
         return LAST
-    if BEST_BY[wanted] and score_of(recipe, federation) == "none":
+    if wanted == "preference_accuracy" and not federation.paired:
+        raise UserError(
+            f"evaluate.best_by {wanted}, but these rows are answers to imitate, not pairs",
+            hint="evaluate.best_by=loss, or rows with a chosen and a rejected answer",
+            code="evaluate.best_by",
+        )
+    if wanted.startswith("score") and score_of(recipe, federation) == "none":
         raise UserError(
             f"evaluate.best_by {wanted}, but these rows have no score of their own (evaluate.score auto found none)",
             hint="evaluate.best_by=loss, or name a score: evaluate.score=exact",
@@ -151,15 +163,37 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
     )
 
 
-def _check_trainable(federation: Federation) -> None:
-    if federation.report.read_as == "preference":
+def for_rows(recipe: Recipe, federation: Federation) -> Recipe:
+    """The recipe with the loss that its rows ask for, where `data.type: auto` left that to them.
+
+    Raises:
+        UserError: it does not go together with pairs, or has settings of a loss on pairs and no pairs.
+    """
+    if not federation.paired:
+        given = [key for key, value in recipe.dpo if value is not None]
+        if given:
+            raise UserError(
+                f"dpo.{given[0]} would have no effect: {federation.report.source} was read as "
+                f"{federation.report.read_as}, answers to imitate; it compares pairs of answers",
+                hint="leave it out, or data with a chosen and a rejected answer to each prompt",
+                code="data.preference",
+            )
+        return recipe
+    if recipe.data.type == "preference":
+        return recipe
+    values = recipe.model_dump()
+    values["data"]["type"] = "preference"
+    settled = Recipe.model_validate(values, context={"compose": False})
+    wrong = [f"{one.keys[0]}: {one.message}" for one in objections(settled)]
+    if wrong:
         raise UserError(
-            f"{federation.report.source}: this is preference data (pairs of a chosen and a rejected answer); "
-            "what is trained on here are answers to imitate (supervised fine-tuning)",
-            hint="to imitate the chosen answers: data.columns.completion=chosen, or output=chosen for rows with an "
-            "instruction; data.type=chat data.columns.messages=chosen where chosen is a whole conversation",
+            f"{federation.report.source} was read as preference data (pairs of a chosen and a rejected answer):\n  - "
+            + "\n  - ".join(wrong),
+            hint="to imitate the chosen answers instead: data.columns.completion=chosen, or output=chosen for rows "
+            "with an instruction; data.type=chat data.columns.messages=chosen where chosen is a whole conversation",
             code="data.preference",
         )
+    return settled
 
 
 def _check_cohort(recipe: Recipe, federation: Federation) -> None:
@@ -174,7 +208,8 @@ def _check_cohort(recipe: Recipe, federation: Federation) -> None:
 
 def _check_positions(base: Base, recipe: Recipe, federation: Federation) -> None:
     positions = positions_of(base.model)
-    longest = max(int(federation.pooled(part).lengths.max(initial=0)) for part in ("train", "validation", "test"))
+    parts = [federation.pooled(part) for part in ("train", "validation", "test")]
+    longest = max(int((Pairs(one) if federation.paired else one).lengths.max(initial=0)) for one in parts)
     if isinstance(positions, int) and longest > positions:
         raise UserError(
             f"the longest example has {longest} tokens, but {recipe.model} has {positions} positions",
@@ -216,6 +251,7 @@ class PlanReport:
     tokens_per_second: float | None
     train_seconds: float | None
     peak_memory_bytes: int
+    loss: str = ""  # on pairs, in words; of answers to imitate there is one only
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -223,6 +259,7 @@ class PlanReport:
     @property
     def lines(self) -> list[str]:
         """For people."""
+        method = f"{self.method}, {self.loss}" if self.loss else self.method
         share = 100 * self.trainable_parameters / self.total_parameters
         lines = [
             f"model     {self.model}, {amount(self.total_parameters)} parameters, {self.dtype_reason}; {self.device}"
@@ -231,7 +268,7 @@ class PlanReport:
             f"data      {self.data}",
             f"tokens    {amount(self.tokens['train'])} to train on, {amount(self.tokens['train_target'])} with loss; "
             f"{amount(self.tokens['test'])} to test on; score: {self.score}",
-            f"work      {self.method}: {self.rounds} rounds x {self.clients_per_round} of {self.clients} clients x "
+            f"work      {method}: {self.rounds} rounds x {self.clients_per_round} of {self.clients} clients x "
             f"{self.steps_per_round} steps; arms: {', '.join(self.arms)}",
             f"bytes     up {byte_text(self.bytes_up_per_client_round)}, down "
             f"{byte_text(self.bytes_down_per_client_round)} per client and round; "
@@ -297,6 +334,7 @@ def plan(session: Session, *, probe: bool = True) -> PlanReport:
         tokens_per_second=speed,
         train_seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
+        loss=f"DPO on pairs ({recipe.dpo.loss_type}, beta {recipe.dpo.beta:g})" if federation.paired else "",
     )
 
 
@@ -319,7 +357,11 @@ def _probe(session: Session) -> float:
     ids = list(population.ids)[:width]
     train = federation.pooled("train")
     size = recipe.client.per_device_train_batch_size * recipe.client.gradient_accumulation_steps
-    worst = collate([train[int(train.lengths.argmax())]] * size, pad_id_of(federation.tokenizer))
+    pad_id = pad_id_of(federation.tokenizer)
+    pairs = Pairs(train) if federation.paired else None
+    longest = (train if pairs is None else pairs).lengths
+    place = int(longest.argmax())
+    worst = collate([train[place]] * size, pad_id) if pairs is None else collate_pairs([pairs[place]] * size, pad_id)
 
     def run(batches: dict[str, Sequence[Any]]) -> float:
         block = [Client(client, batches[client]) for client in ids]
@@ -332,12 +374,12 @@ def _probe(session: Session) -> float:
         run({client: [worst] for client in ids})
     except torch.OutOfMemoryError as error:
         raise RunError(
-            f"out of memory with the longest row ({int(train.lengths.max())} tokens) in every place of "
+            f"out of memory with the longest row ({int(longest.max())} tokens) in every place of "
             f"{len(ids)} x {recipe.client.per_device_train_batch_size} rows",
             hint="lower runtime.clients_per_batch, client.per_device_train_batch_size or data.max_length",
             code="run.memory",
         ) from error
-    typical: dict[str, Batches] = {client: population.batches(client, 0)[:2] for client in ids}
+    typical: dict[str, Batches | PairBatches] = {client: population.batches(client, 0)[:2] for client in ids}
     tokens = sum(batches.num_tokens for batches in typical.values())
     return tokens / max(run(dict(typical)), 1e-6)
 
@@ -363,12 +405,17 @@ def try_checkpoint(session: Session, folder: Path) -> None:
 def shown_prompt(session: Session) -> list[str]:
     """One training example as the model will see it, with what ends it."""
     federation = session.federation
-    first = next(iter(federation.clients.values())).train[0]
-    pieces = federation.preview(first)
-    prompt = "".join(text for text, shade in pieces if shade == "masked")
-    answer = "".join(text for text, shade in pieces if shade == "trained")
+    train = next(iter(federation.clients.values())).train
+    stop = f"(stops at {federation.report.stop})"
 
     def short(text: str) -> str:
         return text if len(text) <= 300 else text[:150] + " [...] " + text[-150:]
 
-    return [f"prompt    {short(prompt)!r}", f"answer    {short(answer)!r} (stops at {federation.report.stop})"]
+    def shown(side: int, shade: str) -> str:
+        example = Pairs(train)[0].rejected if side else train[0]
+        return short("".join(text for text, is_ in federation.preview(example, side=side) if is_ == shade))
+
+    lines = [f"prompt    {shown(0, 'masked')!r}"]
+    if not federation.paired:
+        return [*lines, f"answer    {shown(0, 'trained')!r} {stop}"]
+    return [*lines, f"chosen    {shown(0, 'trained')!r} {stop}", f"rejected  {shown(1, 'trained')!r}"]

@@ -13,6 +13,7 @@ AdapterKind = Literal["lora", "dora", "ia3", "prompt_tuning", "p_tuning", "prefi
 RankMix = Literal["same", "heavy_tail", "normal", "uniform"]
 Compression = Literal["top_k", "random_k", "low_rank", "float16", "bfloat16", "quantize", "zstd"]
 DownCompression = Literal["float16", "bfloat16", "quantize", "zstd"]
+LossType = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo"]
 TrackerName = Literal["trackio", "tensorboard", "mlflow", "wandb"]
 
 WITH_FACTORS = ("lora", "dora")  # kinds with factors A and B, for the methods that treat these one by one
@@ -41,6 +42,13 @@ ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 # Learning rates of kinds whose usual one is not that of small new parts (client.learning_rate's own default).
 ADAPTER_LEARNING_RATES: Mapping[str, float] = {"full": 2e-5}
+# The settings each loss on pairs has (data.type: preference).
+DPO_DEFAULTS: Mapping[str, Mapping[str, float]] = {
+    "sigmoid": {"beta": 0.1, "label_smoothing": 0.0},
+    "sigmoid_norm": {"beta": 2.0, "label_smoothing": 0.0},
+    "hinge": {"beta": 0.1},
+    "ipo": {"beta": 0.1},
+}
 
 # The settings each way of compressing has, in the order in which messages go through them.
 COMPRESS_ORDER = (("top_k", "random_k", "low_rank"), ("float16", "bfloat16", "quantize"), ("zstd",))
@@ -87,6 +95,7 @@ BEST_BY: Mapping[str, bool] = {
     "score": True,
     "score_plain_mean": True,
     "score_decile": True,
+    "preference_accuracy": True,
 }
 
 COLUMN_NAMES = (

@@ -82,6 +82,10 @@ METRICS: Mapping[str, tuple[str, Unit, Better]] = {
     "loss_plain_mean": ("loss, clients alike", "nats", "lower"),
     "loss_weighted_mean": ("loss, clients by size", "nats", "lower"),
     "loss_std": ("loss std over clients", "nats", "lower"),
+    "preference_accuracy": ("pairs ranked right", "share", "higher"),
+    "reward_margin": ("reward margin", "number", "higher"),
+    "reward_chosen": ("reward of the chosen", "number", "higher"),
+    "reward_rejected": ("reward of the rejected", "number", "lower"),
 }
 
 

@@ -105,6 +105,7 @@ def metrics_of(finished: Sequence[Finished], wanted: Sequence[str] | None = None
         )
         usual = ["score", "loss", "own_test.score", "own_test.score_worst"]
         usual = usual if scored else ["loss", "perplexity", "own_test.loss"]
+        usual += ["preference_accuracy", "reward_margin", "own_test.preference_accuracy"]
         names = [
             name
             for name in (*usual, *tasks)

@@ -28,7 +28,7 @@ from fedloom.rounds import initial_state
 from fedloom.runtimes import batched
 from fedloom.study import checkpoint as checkpoints
 from fedloom.study.blocks import AdapterRecipe, DataRecipe
-from fedloom.study.build import adapter_of, algorithm_of, width_of
+from fedloom.study.build import adapter_of, algorithm_of, export_adapter, width_of
 from fedloom.study.folder import RunFolder, find_runs, full_disk_explained, temporary_beside
 from fedloom.study.load import read_recipe
 from fedloom.study.measure import DEFAULT_NEW_TOKENS, measures, one_model
@@ -179,7 +179,7 @@ def _write_checkpoint(run: Path, recipe: Recipe, base: Base, which: Which, folde
     try:
         state = state_of(run, recipe, adapter, which)
         adapter.sync(state.base)
-        adapter.export(state.params, folder)
+        export_adapter(adapter, recipe, state.params, folder)
     finally:
         if hasattr(adapter, "detach"):  # the hooks of the other kinds do nothing while nothing is bound
             adapter.detach()
@@ -304,6 +304,8 @@ def evaluate_run(
     if threads is not None:
         recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"threads": threads})})
     folder = None if base_only or checkpoint is not None else adapter_folder(run)
+    if folder is not None and recipe.start_from is not None:  # it holds both adapters, a checkpoint the new one
+        folder, checkpoint = None, recipe.checkpoint.export or "last"
     if folder is not None:  # its own rank: a run that merged into the base exports more than the recipe's
         recipe = recipe.model_copy(update={"adapter": Recipe(**_only_adapter(recipe, folder)).adapter})
     session = open_session(recipe)
@@ -336,7 +338,8 @@ def _only_tests(federation: Federation, recipe: Recipe, data: str) -> Federation
     else:
         same = Path(data).suffix == Path(settings.path).suffix  # other names of columns belong to the run's own files
         source = read(data, columns=settings.columns if same else None, seed=recipe.seed)
-    if source.kind == "preference":
+    paired = source.kind == "preference"
+    if paired and not federation.paired:
         raise UserError(
             f"{data}: pairs of a chosen and a rejected answer; what is measured here are answers to imitate",
             hint="data in another form; a run's own recipe may name one column: data.columns.completion=chosen",
@@ -353,9 +356,10 @@ def _only_tests(federation: Federation, recipe: Recipe, data: str) -> Federation
         cache=settings.cache,
         name=data,
     )
-    every = Examples(done.tokens, np.arange(len(done.tokens)))
+    every = Examples(done.tokens, np.arange(0, len(done.tokens), 2 if paired else 1))
     client = ClientData(Path(data).stem or "all", every[:0], every[:0], every)
-    return replace(federation, clients={client.id: client}, rows=rows, task=source.task)
+    report = replace(federation.report, read_as=source.kind)
+    return replace(federation, clients={client.id: client}, rows=rows, task=source.task, report=report)
 
 
 # ---- exporting -------------------------------------------------------------------------------------------------------

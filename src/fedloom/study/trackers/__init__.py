@@ -179,6 +179,12 @@ _METRICS = {
     "loss": "test/loss",
     "perplexity": "test/perplexity",
 }
+_REWARDS = {  # TRL's names, behind val/ or test/
+    "preference_accuracy": "rewards/accuracies",
+    "reward_chosen": "rewards/chosen",
+    "reward_rejected": "rewards/rejected",
+    "reward_margin": "rewards/margins",
+}
 
 
 def metrics_of(line: Mapping[str, Any]) -> dict[str, float]:
@@ -191,6 +197,7 @@ def metrics_of(line: Mapping[str, Any]) -> dict[str, float]:
     side = "val" if "round" in line else "test"
     for key, value in line.items():
         name = _METRICS.get(key) or (f"{side}/{key}" if key.startswith("score") and key != "score_per_client" else None)
+        name = name or (f"{side}/{_REWARDS[key]}" if key in _REWARDS else None)
         if name and isinstance(value, int | float) and math.isfinite(value):
             found[name] = float(value)
     if isinstance(line.get("failed"), Mapping):

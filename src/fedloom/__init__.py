@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedloom.models.load import Base, load_base
     from fedloom.optimizers import adagrad, adam, adamw, decay, sgd, yogi
     from fedloom.rounds import Sampling, federate, initial_state, run_round
-    from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dropout, with_ranks
+    from fedloom.runtimes import ClientSite, batched, buffered, loopback, sequential, with_dropout, with_ranks
     from fedloom.seeds import seed_of
     from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, nesterov, optimize, replace
     from fedloom.study.blocks import DataRecipe, SplitRecipe
@@ -83,7 +83,7 @@ _HOMES = {
     "fedloom.models.load": ("Base", "load_base"),
     "fedloom.optimizers": ("adagrad", "adam", "adamw", "decay", "sgd", "yogi"),
     "fedloom.rounds": ("Sampling", "federate", "initial_state", "run_round"),
-    "fedloom.runtimes": ("ClientSite", "batched", "loopback", "sequential", "with_dropout", "with_ranks"),
+    "fedloom.runtimes": ("ClientSite", "batched", "buffered", "loopback", "sequential", "with_dropout", "with_ranks"),
     "fedloom.seeds": ("seed_of",),
     "fedloom.servers": ("fed_adagrad", "fed_adam", "fed_avgm", "fed_yogi", "nesterov", "optimize", "replace"),
     "fedloom.study.recipe": ("DataRecipe", "Recipe", "SplitRecipe", "load_recipe"),
@@ -129,6 +129,7 @@ __all__ = [
     "adamw",
     "alternate",
     "batched",
+    "buffered",
     "decay",
     "fed_adagrad",
     "fed_adam",

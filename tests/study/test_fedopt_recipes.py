@@ -30,6 +30,15 @@ def test_the_methods_fill_their_slots() -> None:
     drift = recipe(method="scaffold", aggregate={"weighting": "data"})
     assert (drift.client.kind, drift.aggregate.weighting) == ("scaffold", "data")
     assert recipe().aggregate.fair_q is None
+    late = recipe(method="fedbuff").runtime
+    assert (late.kind, late.clients_per_batch, late.staleness_exponent, late.buffer_size) == (
+        "buffered",
+        "auto",
+        0.5,
+        None,
+    )
+    assert recipe().runtime.staleness_exponent is None
+    assert recipe(method="fedavgm", runtime={"kind": "buffered"}).runtime.staleness_exponent == 0.5
     assert recipe(method="scaffold", client={"trainable": "lora_B", "optim": "adamw"}).client.kind == "scaffold"
     assert recipe(method="fednova", adapter={"kind": "prompt_tuning"}).aggregate.kind == "fednova"
     assert recipe(method="fednova", client={"shared": "lora_A"}).client.shared == "lora_A"
@@ -52,6 +61,22 @@ def test_the_methods_fill_their_slots() -> None:
         ({"client": {"optimizer_state": "kept", "optim": "sgd"}}, "kept would have no effect: optim is sgd"),
         ({"client": {"optimizer_state": "kept", "shared": "lora_A"}}, "client.optimizer_state: kept, but client.sha"),
         ({"client": {"optimizer_state": "kept"}, "method": "fednova"}, "client.optimizer_state: kept, but fednova"),
+        ({"runtime": {"buffer_size": 2}}, "runtime.buffer_size: 2 would have no effect: kind is batched; buffered has"),
+        (
+            {"runtime": {"kind": "sequential", "clients_per_batch": 2}},
+            "runtime.clients_per_batch: 2 would have no effect: kind is sequential, which takes one client at a time; batched and buffered have it",
+        ),
+        ({"method": "fedbuff", "runtime": {"kind": "batched"}}, "runtime.kind: batched, but fedbuff is asynchronous"),
+        ({"method": "fedbuff", "runtime": {"client_dropout": 0.1}}, "runtime.client_dropout: 0.1, but runtime.kind is"),
+        ({"method": "scaffold", "runtime": {"kind": "buffered"}}, "client.kind: scaffold, but runtime.kind is"),
+        ({"method": "rolora", "runtime": {"kind": "buffered"}}, "client.trainable: alternate, but runtime.kind is"),
+        ({"method": "flora", "runtime": {"kind": "buffered"}}, "aggregate.kind: flora, but runtime.kind is buffered"),
+        ({"method": "fednova", "runtime": {"kind": "buffered"}}, "aggregate.kind: fednova, but runtime.kind is"),
+        ({"method": "qfedavg", "runtime": {"kind": "buffered"}}, "aggregate.weighting: loss, but runtime.kind is"),
+        (
+            {"method": "fedbuff", "clients_per_round": 2, "runtime": {"buffer_size": 3}},
+            "runtime.buffer_size: 3, but 2 clients train at once: at most 2",
+        ),
         ({"method": "diloco", "server": {"server_tau": 0.1}}, "server.server_tau: 0.1 would have no effect"),
     ],
 )

@@ -8,14 +8,18 @@ import pytest
 from safetensors.torch import load_file
 from tests.study.tiny_runs import kill_at, outcome, recipe
 
+from fedloom.study.compare import compare
+from fedloom.study.report_compare import compare_page
 from fedloom.study.run import run_recipe
 
 LIGHT = {"arms": ["federated"], "evaluate": {"eval_rounds": 3, "score": "none", "max_new_tokens": None, "limit": None}}
 
 
-@pytest.mark.parametrize("method", ["scaffold", "diloco"])
+@pytest.mark.parametrize("method", ["scaffold", "diloco", "fedbuff"])
 def test_a_resumed_run_is_the_uninterrupted_one(method, home, tmp_path):
     told = {**LIGHT, "method": method, "clients_per_round": 2}
+    if method == "fedbuff":
+        told["runtime"] = {"client_speeds": "lognormal", "buffer_size": 1}
     plain = run_recipe(recipe(home, tmp_path / "plain", **told))
     broken = recipe(home, tmp_path / "broken", **told)
     kill_at(broken, "after line federated 2")
@@ -40,3 +44,34 @@ def test_the_other_arms_of_such_a_recipe_are_plain(home, tmp_path):
     for arm in ("local", "global"):
         ours, plain = (runs[method]["arms"][arm]["loss"] for method in ("scaffold", "fedavg"))
         assert ours == pytest.approx(plain, rel=1e-12)
+
+
+def test_asynchronous_and_synchronous_runs_are_compared_by_simulated_time(home, tmp_path):
+    told = {**LIGHT, "evaluate": {**LIGHT["evaluate"], "eval_rounds": 1}}
+    speeds = {"client_speeds": "lognormal"}
+    late = run_recipe(recipe(home, tmp_path / "late", **told, method="fedbuff", rounds=6, runtime=speeds))
+    sync = run_recipe(recipe(home, tmp_path / "sync", **told, method="fedavg", rounds=3, runtime=speeds))
+    lines = {
+        run: [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()] for run in (late, sync)
+    }
+    times = {run: [line["simulated_seconds"] for line in own[1:]] for run, own in lines.items()}
+    for own in times.values():
+        assert own == sorted(own) and own[0] > 0
+    slowest = times[sync][0]
+    assert times[sync] == pytest.approx([slowest, 2 * slowest, 3 * slowest])
+    assert times[late][0] < slowest, "someone waited for the slowest"
+    assert [line["clients"] for line in lines[late][1:]] == [2] * 6, "half of three, rounded up"
+    assert sum(line["staleness"] for line in lines[late][1:]) > 0
+    assert all("staleness" not in line for line in lines[sync])
+
+    found = compare([late, sync])
+    costs = {row["cost"]: row["values"] for row in found.costs}
+    assert costs["simulated_seconds"] == [times[late][-1], times[sync][-1]]
+    reached = [[line["val_loss"] for line in lines[run]] for run in (late, sync)]
+    level = max(map(min, reached))
+    for run, losses, at in zip((late, sync), reached, costs["simulated_seconds_to_loss"], strict=True):
+        first = next(i for i, loss in enumerate(losses) if loss <= level)
+        assert at == ([0.0, *times[run]])[first]
+    assert f"federated: all reach a validation loss of {level:.3f}" in found.notes
+    assert "over simulated time" in compare_page([late, sync])
+    assert "over simulated time" not in compare_page([sync])

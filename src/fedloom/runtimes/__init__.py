@@ -2,7 +2,8 @@
 
 from fedloom.runtimes.cohort import batched, sequential
 from fedloom.runtimes.dropout import with_dropout
+from fedloom.runtimes.fedbuff import buffered
 from fedloom.runtimes.messages import ClientSite, loopback
 from fedloom.runtimes.ranks import with_ranks
 
-__all__ = ["ClientSite", "batched", "loopback", "sequential", "with_dropout", "with_ranks"]
+__all__ = ["ClientSite", "batched", "buffered", "loopback", "sequential", "with_dropout", "with_ranks"]

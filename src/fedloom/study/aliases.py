@@ -128,6 +128,7 @@ SAME_VALUES: Mapping[str, Mapping[str, str]] = {
         "DiLoCo": "diloco",
         "SCAFFOLD": "scaffold",
         "FedNova": "fednova",
+        "FedBuff": "fedbuff",
         "QFedAvg": "qfedavg",
         "q_fedavg": "qfedavg",
     },

@@ -15,10 +15,12 @@ from fedloom.study.settings import (
     DEFAULT_VAL_SHARE,
     AdapterKind,
     ClientOptim,
+    ClientSpeeds,
     Compression,
     DownCompression,
     LossType,
     RankMix,
+    RuntimeKind,
     ServerOptim,
     SplitKind,
 )
@@ -358,15 +360,30 @@ class ServerRecipe(Block):
 
 
 class RuntimeRecipe(Block):
-    """How clients are mapped to the machine. Changes speed and memory, never the result beyond rounding."""
+    """How clients are mapped to the machine: but for `buffered` that changes speed and memory, never the result."""
 
-    kind: Literal["batched", "sequential", "loopback"] = Field(
+    kind: RuntimeKind = Field(
         "batched",
         description="`batched` trains several clients in one pass; `sequential` one after the other; `loopback` sends "
-        "every payload through the wire format to client objects with their own model.",
+        "every payload through the wire format to client objects with their own model. `buffered` is asynchronous "
+        "(FedBuff): a round ends when buffer_size uploads have arrived, and clients_per_round of them train at once.",
     )
     clients_per_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
-        None, description="Clients in one pass. Default auto. Only for batched."
+        None, description="Clients in one pass. Default auto. Only for batched, buffered."
+    )
+    buffer_size: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Uploads that end a round. Default half of the clients that train at once. Only for buffered.",
+    )
+    staleness_exponent: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="An upload that is tau rounds late counts (1 + tau) to minus this. Default 0.5. Only for buffered.",
+    )
+    client_speeds: ClientSpeeds = Field(
+        "steps",
+        description="Simulated seconds of a client's local step, for `simulated_seconds`: `steps` 1 for all, so that "
+        "its number of steps decides; `uniform` 0.5 to 1.5; `lognormal` exp of a standard normal. Drawn once per "
+        "client.",
     )
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="CPU threads of PyTorch.")
     client_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(

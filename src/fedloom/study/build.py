@@ -36,8 +36,9 @@ from fedloom.models.load import Base, load_tokenizer
 from fedloom.ops.ranks import Ranks
 from fedloom.optimizers import Optimizer, adagrad, adam, adamw, decay, sgd, yogi
 from fedloom.rounds import Sampling
-from fedloom.runtimes import ClientSite, batched, loopback, sequential, with_dropout, with_ranks
+from fedloom.runtimes import ClientSite, batched, buffered, loopback, sequential, with_dropout, with_ranks
 from fedloom.runtimes import payload as sides
+from fedloom.runtimes.clock import speeds
 from fedloom.seeds import seed_of
 from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, nesterov, replace
 from fedloom.study.blocks import AdapterRecipe, ClientRecipe, CompressRecipe, ServerRecipe
@@ -398,7 +399,7 @@ def population_of(federation: Federation, recipe: Recipe, arm: str) -> Clients:
         each = [steps_per_epoch(len(one.train), size) * (epochs or 1) for one in federation.clients.values()]
         steps = max(1, round(sum(each) / len(each)))
     pooled = ClientData(POOLED, *(federation.pooled(part) for part in ("train", "validation", "test")))
-    width = clients_per_round(recipe, len(federation.clients)) or len(federation.clients)
+    width = uploads_per_round(recipe, len(federation.clients))
     pad_id = pad_id_of(federation.tokenizer)
     return Clients({POOLED: pooled}, pad_id, size * width, recipe.seed, steps, paired=federation.paired)
 
@@ -411,9 +412,13 @@ def samples_of_a_local_model(federation: Federation, recipe: Recipe) -> int:
 
 def global_pieces(recipe: Recipe, federation: Federation, base: Base) -> int:
     """Passes in which the global arm works off a cohort's batch: as many as the federated arm has blocks of clients."""
-    cohort = clients_per_round(recipe, len(federation.clients)) or len(federation.clients)
-    at_once = width_of(recipe, federation, base) if recipe.runtime.kind == "batched" else 1
-    return -(-cohort // at_once)
+    cohort = uploads_per_round(recipe, len(federation.clients))
+    return -(-cohort // clients_in_a_pass(recipe, federation, base))
+
+
+def clients_in_a_pass(recipe: Recipe, federation: Federation, base: Base) -> int:
+    """Of the federated arm."""
+    return width_of(recipe, federation, base) if recipe.runtime.kind in ("batched", "buffered") else 1
 
 
 def clients_per_round(recipe: Recipe, num_clients: int) -> int | None:
@@ -422,8 +427,30 @@ def clients_per_round(recipe: Recipe, num_clients: int) -> int | None:
     return max(1, math.ceil(share * num_clients)) if isinstance(share, float) else share
 
 
+def uploads_per_round(recipe: Recipe, num_clients: int) -> int:
+    """Of the federated arm: one per client of the cohort, or as many as fill the buffer.
+
+    Raises:
+        UserError: the buffer is larger than the number of clients that train at once.
+    """
+    cohort = clients_per_round(recipe, num_clients) or num_clients
+    if recipe.runtime.kind != "buffered":
+        return cohort
+    size = recipe.runtime.buffer_size or -(-cohort // 2)
+    if size > cohort:
+        raise UserError(
+            f"runtime.buffer_size {size}, but {cohort} clients train at once: at most {cohort}",
+            hint=f"runtime.buffer_size={cohort}, or more clients_per_round",
+            code="recipe.buffer_size",
+        )
+    return size
+
+
 def sampling_of(recipe: Recipe, arm: str, num_clients: int) -> Sampling:
     """Local training is for everyone in every round; the pool is one client."""
+    if arm == "federated" and recipe.runtime.kind == "buffered":  # candidates, of whom some are under way
+        at_once = clients_per_round(recipe, num_clients) or num_clients
+        return Sampling(min(num_clients, at_once + uploads_per_round(recipe, num_clients)))
     return Sampling(clients_per_round(recipe, num_clients) if arm == "federated" else None)
 
 
@@ -452,6 +479,15 @@ def runtime_of(
                 ).serve
                 for client in federation.clients
             }
+        )
+    elif kind == "buffered" and arm == "federated":
+        speed_of, number = speeds(recipe.runtime.client_speeds, recipe.seed), len(federation.clients)
+        runtime = buffered(
+            width_of(recipe, federation, base),
+            buffer_size=uploads_per_round(recipe, number),
+            concurrency=clients_per_round(recipe, number) or number,
+            duration=lambda client: speed_of(client.id) * len(client.batches),
+            staleness_exponent=_given(recipe.runtime.staleness_exponent),
         )
     elif kind == "sequential" or kind == "loopback":
         runtime = sequential()

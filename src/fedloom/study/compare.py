@@ -140,12 +140,36 @@ def _runs(places: Sequence[Path], names: list[str], wanted: Sequence[str] | None
             for key in COSTS
             if any(one.get(key) for one in each)
         ]
+    if any((recipe.get("runtime") or {}).get("kind") == "buffered" for recipe in recipes) or any(
+        key.startswith("runtime.client_speeds") for key in settings
+    ):
+        timed, said = time_to_what_all_reach([one.rounds for one in results])
+        costs += timed
+        notes += said
     notes.append("one run each, so no intervals: a suite with several seeds has them")
     if not settings:
         notes.insert(0, "the recipes are the same")
     if "seed" in settings and len(settings) == 1:
         notes.insert(0, "only the seed differs")
     return Compared("runs", names, settings, versions, lines, costs, notes)
+
+
+def time_to_what_all_reach(runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """When the federated arm of each run first validated as well as the least good of them ever does, on its clock."""
+    costs, notes = [], []
+    for cost, key, sign in (("simulated_seconds_to_loss", "val_loss", 1), ("simulated_seconds_to_score", "score", -1)):
+        curves = [
+            [(line.get("simulated_seconds") or 0.0, sign * line[key]) for line in lines
+             if line["arm"] == "federated" and line.get(key) is not None]
+            for lines in runs
+        ]  # fmt: skip
+        if sum(bool(curve) for curve in curves) < 2:
+            continue
+        level = max(min(value for _, value in curve) for curve in curves if curve)
+        values = [next((at for at, value in curve if value <= level), None) for curve in curves]
+        costs.append({"settings": {}, "arm": "federated", "cost": cost, "values": values})
+        notes.append(f"federated: all reach a validation {key.removeprefix('val_')} of {sign * level:.3f}")
+    return costs, notes
 
 
 def _arms(results: Sequence[Finished]) -> list[str]:

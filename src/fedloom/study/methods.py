@@ -18,6 +18,7 @@ Method = Literal[
     "scaffold",
     "fednova",
     "qfedavg",
+    "fedbuff",
     "ffa_lora",
     "rolora",
     "fedsa_lora",
@@ -72,6 +73,12 @@ METHODS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "aggregate": {"kind": "mean", "weighting": "loss"},
         "server": {"kind": "replace"},
     },
+    "fedbuff": {
+        "client": {"kind": "sgd"},
+        "aggregate": {"kind": "mean"},
+        "server": {"kind": "replace"},
+        "runtime": {"kind": "buffered"},
+    },
     "ffa_lora": {
         "client": {"kind": "sgd", "trainable": "lora_B"},
         "aggregate": {"kind": "mean"},
@@ -104,6 +111,7 @@ METHOD_LINES: Mapping[str, str] = {
     "scaffold": "control variates against the drift of skewed clients, twice the bytes (Karimireddy et al. 2020)",
     "fednova": "updates are divided by the local work behind them, for ragged steps (Wang et al. 2020)",
     "qfedavg": "clients with a higher loss weigh more, for fairness (Li et al. 2020, q-FFL)",
+    "fedbuff": "asynchronous: nobody waits for the slowest, late uploads count less (Nguyen et al. 2022)",
     "ffa_lora": "A stays at its first values, B is averaged: exact, half the bytes (Sun et al. 2024)",
     "rolora": "B and A in turn, round by round: exact, half the bytes (Chen et al. 2024)",
     "fedsa_lora": "A is averaged, B stays with its client (Guo et al. 2025)",

@@ -20,6 +20,7 @@ from fedloom.study.settings import (
     DPO_DEFAULTS,
     LINEAR_OPTIMS,
     LOSSY,
+    RUNTIME_DEFAULTS,
     SERVER_OPTIM_DEFAULTS,
     SUMS,
     WITH_FACTORS,
@@ -207,12 +208,50 @@ def _training_objections(recipe: Recipe) -> Iterator[Objection]:
                     f"{value} would have no effect: server_optim is {server.server_optim}; {', '.join(having)} "
                     f"{'has' if len(having) == 1 else 'have'} it",
                 )
-    if recipe.runtime.kind != "batched" and recipe.runtime.clients_per_batch is not None:
+    yield from _runtime_objections(recipe)
+
+
+def _runtime_objections(recipe: Recipe) -> Iterator[Objection]:
+    runtime = recipe.runtime
+    for key in dict.fromkeys(key for row in RUNTIME_DEFAULTS.values() for key in row):
+        value = getattr(runtime, key)
+        if value is not None and key not in RUNTIME_DEFAULTS.get(runtime.kind, {}):
+            having = [name for name, row in RUNTIME_DEFAULTS.items() if key in row]
+            yield Objection(
+                (f"runtime.{key}", "runtime.kind"),
+                f"{value} would have no effect: kind is {runtime.kind}"
+                f"{', which takes one client at a time' if key == 'clients_per_batch' else ''}; {_listed(having)} "
+                f"{'has' if len(having) == 1 else 'have'} it",
+            )
+    if recipe.method == "fedbuff" and runtime.kind != "buffered":
         yield Objection(
-            ("runtime.clients_per_batch", "runtime.kind"),
-            f"{recipe.runtime.clients_per_batch} would have no effect: runtime.kind is {recipe.runtime.kind}, "
-            "which takes one client at a time",
+            ("runtime.kind", "method"), f"{runtime.kind}, but fedbuff is asynchronous: buffered, or method: fedavg"
         )
+    if runtime.kind != "buffered":
+        return
+    at_once = recipe.clients_per_round if isinstance(recipe.clients_per_round, int) else recipe.split.clients
+    if runtime.buffer_size is not None and at_once is not None and runtime.buffer_size > at_once:
+        yield Objection(
+            ("runtime.buffer_size", "clients_per_round"),
+            f"{runtime.buffer_size}, but {at_once} clients train at once: at most {at_once}",
+        )
+    client, aggregate = recipe.client, recipe.aggregate
+    wrong = {  # key -> (asked for, why it has no meaning)
+        "client.kind": (client.kind != "sgd", "its clients need the parameters of their own round: sgd"),
+        "client.trainable": (client.trainable == "alternate", "late uploads are of the other factor: all, or one"),
+        "aggregate.kind": (aggregate.kind != "mean", "it adds clients' parameters up, not changes that may be late: "
+                           "mean"),
+        "aggregate.weighting": (aggregate.weighting == "loss", "losses of other rounds do not compare: data or "
+                                "uniform"),
+        "runtime.client_dropout": (runtime.client_dropout > 0, "there is no round to be missing from: 0"),
+    }  # fmt: skip
+    for key, (asked, why) in wrong.items():
+        if asked:
+            block, _, leaf = key.partition(".")
+            yield Objection(
+                (key, "runtime.kind", "method"),
+                f"{getattr(getattr(recipe, block), leaf)}, but runtime.kind is buffered: {why}",
+            )
 
 
 def _adapter_objections(recipe: Recipe) -> Iterator[Objection]:

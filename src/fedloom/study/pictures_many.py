@@ -127,8 +127,13 @@ def marks_picture(name: str, rows: Sequence[tuple[str, Sequence[Mark]]], what: s
     return picture(name, [data, what, shares], 1.1 + 0.3 * max(len(rows), 2), draw)
 
 
-def rounds_picture(name: str, curves: Mapping[str, Sequence[Sequence[float]]], what: str, shares: bool) -> str:
-    """A value over the rounds, as (round, value) of each run; past the eighth, runs are grey and have no name."""
+def rounds_picture(
+    name: str, curves: Mapping[str, Sequence[Sequence[float]]], what: str, shares: bool, axis: str = "round"
+) -> str:
+    """A value over the rounds, as (round, value) of each run; past the eighth, runs are grey and have no name.
+
+    `axis` is what stands in the place of rounds.
+    """
     data = {run: [list(point) for point in points] for run, points in curves.items()}
 
     def draw(figure: Figure, tips: Tips) -> None:
@@ -147,8 +152,8 @@ def rounds_picture(name: str, curves: Mapping[str, Sequence[Sequence[float]]], w
             if named:
                 ends.append((x[-1], y[-1], short(run, 20), series_colour(place)))
             for at, value in points:
-                tips.point(axes, at, value, f"{short(run, 60)}, round {at:.0f}: {_value_text(value, shares)}")
-        axes.set_xlabel("round")
+                tips.point(axes, at, value, f"{short(run, 60)}, {axis} {at:,.0f}: {_value_text(value, shares)}")
+        axes.set_xlabel(axis)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(visible=False, axis="x")
         axes.margins(x=0.02)
@@ -156,7 +161,7 @@ def rounds_picture(name: str, curves: Mapping[str, Sequence[Sequence[float]]], w
         axes.set_ylabel(what)
         end_names(axes, ends, 190)
 
-    return picture(name, [list(data.items()), what, shares], 3.3, draw)
+    return picture(name, [list(data.items()), what, shares, axis], 3.3, draw)
 
 
 # ---------------------------------------------------------------------------------------------- quality against bytes

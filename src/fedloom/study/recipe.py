@@ -42,6 +42,7 @@ from fedloom.study.settings import (
     DEFAULT_TEST_SHARE,
     DPO_DEFAULTS,
     LOSSY,
+    RUNTIME_DEFAULTS,
     SERVER_OPTIM_DEFAULTS,
     Arm,
     TrackerName,
@@ -69,7 +70,9 @@ class Recipe(Block):
     split: SplitRecipe = Field(default_factory=SplitRecipe, description="Who holds which rows.")
     adapter: AdapterRecipe = Field(default_factory=AdapterRecipe, description="What is trained.")
     method: Method = Field(
-        "fedavg", description="Fills client, aggregate and server; `fedloom cat` shows the result; a slot key replaces."
+        "fedavg",
+        description="Fills client, aggregate and server, for fedbuff runtime too; `fedloom cat` shows the result; a "
+        "slot key replaces.",
     )
     rounds: Annotated[int, Field(ge=1)] = Field(10, description="Rounds of training and averaging.")
     clients_per_round: Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = Field(
@@ -231,8 +234,7 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
     if evaluate.get("early_stopping_patience") is not None:
         settle(evaluate, {"early_stopping_threshold": 0.0})
     settle(saved, {"export": "last" if evaluate.get("early_stopping_patience") is None else "best"})
-    if runtime.get("kind", "batched") == "batched":
-        settle(runtime, {"clients_per_batch": "auto"})
+    settle(runtime, row(RUNTIME_DEFAULTS, runtime.get("kind", "batched")))
     per_round = filled.get("clients_per_round")
     if isinstance(per_round, float) and per_round == 1.0:
         filled["clients_per_round"] = None  # the share 1.0 is everyone

@@ -343,12 +343,40 @@ def _figures(runs: Mapping[str, Known], measure: str) -> list[Figure]:
                 len(curves), 8, "have a name and a colour"
             )
             figures.append(Figure(name, finding, about, pictures_many.rounds_picture(name, curves, label, part)))
+    figures += _time_figures(runs)
     points = run_points(runs, measure)
     svg = pictures_many.quality_bytes_picture("bytes", points, what, shares)
     if svg:
         finding = tied(bytes_finding(points, measure))
         about = "The further up and to the left, the better." if shares else "The further down and left, the better."
         figures.append(Figure("bytes", finding, about, svg))
+    return figures
+
+
+def _time_figures(runs: Mapping[str, Known]) -> list[Figure]:
+    """Validation over simulated time, where not all runs have the same clock: rounds of different lengths."""
+    if not any(recipe_of(run).get("runtime.kind") == "buffered" for run in runs.values()):
+        return []
+    figures = []
+    for key, label, part in (
+        ("score", "score on validation rows", True),
+        ("val_loss", "validation loss (nats per answer token)", False),
+    ):
+        curves = {
+            name: [
+                (line.get("simulated_seconds") or 0.0, line[key])
+                for line in run.lines
+                if line["arm"] == "federated" and line.get(key) is not None
+            ]
+            for name, run in runs.items()
+        }
+        curves = {name: points for name, points in curves.items() if len(points) > 1}
+        if len(curves) > 1:
+            name = "time-score" if part else "time-loss"
+            finding = tied(f"Validation {'score' if part else 'loss'} over simulated time")
+            about = "Each client works on its own machine, at its own speed; messages take no time."
+            svg = pictures_many.rounds_picture(name, curves, label, part, "simulated seconds")
+            figures.append(Figure(name, finding, about, svg))
     return figures
 
 

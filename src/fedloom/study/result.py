@@ -116,6 +116,7 @@ class ArmCosts(TypedDict):
     evaluate_seconds: NotRequired[Amount]  # validation, test, benchmark tasks
     communication_seconds: NotRequired[Amount]  # making and reading messages, where the runtime sends any
     checkpoint_seconds: NotRequired[Amount]
+    simulated_seconds: NotRequired[Amount]  # of the federated arm, where every client has its own machine
     rounds: NotRequired[Count]
     samples: NotRequired[Count]  # examples trained on, all clients together
     samples_per_model: NotRequired[Amount]  # of them, what one model has seen: for `local` the mean over its models

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
@@ -28,7 +28,9 @@ from fedloom.evaluate.tasks.run import Answerer, answerer_of
 from fedloom.ops.names import CONTROL, apart
 from fedloom.rounds import federate, initial_state
 from fedloom.runtimes import batched
+from fedloom.runtimes.clock import speeds
 from fedloom.runtimes.cohort import client_model, has_own_model
+from fedloom.runtimes.fedbuff import clock_of
 from fedloom.study import checkpoint
 from fedloom.study.arm_tasks import Figures, mean_figures, measure, merged_counts, place_of
 from fedloom.study.build import (
@@ -92,6 +94,7 @@ class Totals:
     flops: float = 0.0
     flops_padded: float = 0.0
     seconds: float = 0.0  # of rounds, communication left out
+    simulated_seconds: float = 0.0  # of the federated arm
     communication_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
@@ -107,7 +110,7 @@ class Totals:
     def samples_per_model(self) -> float:
         return self.samples / self.models
 
-    def count(self, report: RoundReport, flops: Flops, work: Mapping[str, Work]) -> None:
+    def count(self, report: RoundReport, flops: Flops, work: Callable[[str], Work]) -> None:
         spoken = report.metrics.get("communication_seconds", 0.0)
         self.tokens += report.metrics["tokens"]
         self.padded_tokens += report.metrics["padded_tokens"]
@@ -116,14 +119,16 @@ class Totals:
         self.communication_seconds += spoken
         self.bytes_up += report.metrics["bytes_up"]
         self.bytes_down += report.metrics["bytes_down"]
-        self.client_rounds += len(report.clients)
+        self.client_rounds += uploads_of(report)
         self.failed += len(report.failed)
         for client, row in report.clients.items():
-            shape = work[client]
-            targets = row["target_tokens"] if shape.targets is None else shape.targets
+            shape = work(client)
+            # where its batches were those of an earlier round, their shape is as that of its batches now
+            ratio = 1.0 if row["tokens"] == shape.tokens else row["tokens"] / max(shape.tokens, 1.0)
+            targets = row["target_tokens"] if shape.targets is None else shape.targets * ratio
             padded = row["padded_tokens"]
-            much = {"targets": targets, "rows": shape.rows, "steps": row["steps"]}
-            self.flops += flops.of(tokens=row["tokens"], pairs=shape.pairs, **much)
+            much = {"targets": targets, "rows": shape.rows * ratio, "steps": row["steps"]}
+            self.flops += flops.of(tokens=row["tokens"], pairs=shape.pairs * ratio, **much)
             self.flops_padded += flops.of(tokens=padded, pairs=padded * shape.padded_pairs_per_token, **much)
 
     @classmethod
@@ -131,6 +136,11 @@ class Totals:
         """From what `asdict` gave; what an older version did not count starts from nothing."""
         known = {f.name: saved[f.name] for f in fields(cls) if f.name in saved}
         return cls(**{**known, "best": Best(**saved["best"])})
+
+
+def uploads_of(report: RoundReport) -> int:
+    """One per client that finished; where clients do not wait for one another, one may have sent several."""
+    return int(report.metrics.get("uploads", len(report.clients)))
 
 
 @dataclass
@@ -389,7 +399,9 @@ class _Runner:
             sampling=sampling_of(recipe, arm, len(population.ids)),
         )
         for state, report in rounds:
-            totals.count(report, flops, population.work)
+            totals.count(report, flops, population.work_of)
+            if arm == "federated":
+                totals.simulated_seconds = self._simulated(state, report, totals)
             last = report.round == recipe.rounds
             val = tasks = None
             if last or (every and report.round % every == 0):
@@ -411,6 +423,14 @@ class _Runner:
         self._stage(arm, algorithm, runtime, state, totals)
         if self.stop.asked:
             raise KeyboardInterrupt
+
+    def _simulated(self, state: State, report: RoundReport, totals: Totals) -> float:
+        """Simulated time after this round: its own clock's, or the slowest client's time on top."""
+        clock = clock_of(state)
+        if clock is not None:
+            return clock
+        speed_of = speeds(self.recipe.runtime.client_speeds, self.recipe.seed)
+        return totals.simulated_seconds + max(row["steps"] * speed_of(id) for id, row in report.clients.items())
 
     def _rounds_kept(self, arm: str, round: int) -> dict[str, int]:
         """Other arms' lines stay; this arm's end where its checkpoint is (an older one, if the last was damaged)."""
@@ -550,10 +570,10 @@ class _Runner:
             line["tasks"] = tasks
         if report is not None:
             sent = arm == "federated"
-            done = max(1, len(report.clients))
+            done = max(1, uploads_of(report))
             line |= {
                 "cohort": len(report.cohort),
-                "clients": len(report.clients),
+                "clients": uploads_of(report),
                 "failed": dict(report.failed),
                 "train_loss": mean_loss(report.metrics),
                 "bytes_up_per_client": report.metrics["bytes_up"] / done if sent else 0,
@@ -568,6 +588,10 @@ class _Runner:
                 "learning_rate": self.recipe.client.learning_rate
                 * float(schedule_of(self.recipe)(torch.tensor([report.round - 0.5], dtype=torch.float64))),
             }
+        if report is not None and arm == "federated":
+            line["simulated_seconds"] = totals.simulated_seconds
+            if "staleness" in report.metrics:
+                line["staleness"] = report.metrics["staleness"] / uploads_of(report)
         self.folder.append_round(line)
         self.display.round(line)
         self.trackers.round(line)
@@ -645,6 +669,7 @@ class _Runner:
             "evaluate_seconds": totals.evaluate_seconds,
             "communication_seconds": totals.communication_seconds,
             "checkpoint_seconds": totals.checkpoint_seconds,
+            **({"simulated_seconds": totals.simulated_seconds} if arm == "federated" else {}),  # type: ignore[typeddict-item]
             "rounds": rounds,
             "samples": int(totals.samples),
             "samples_per_model": totals.samples_per_model,
@@ -764,6 +789,14 @@ class Watched:
         assert isinstance(opened.batches, Batches | PairBatches)
         self.work[client] = work_of(opened.batches)
         return opened._replace(batches=_Counted(opened.batches, self))
+
+    def work_of(self, client: str) -> Work:
+        """Of the client's batches of this round, whether or not it was asked in it."""
+        if client not in self.work:
+            batches = self.inner.open(client, self.round).batches
+            assert isinstance(batches, Batches)
+            self.work[client] = work_of(batches)
+        return self.work[client]
 
     def drawn(self) -> None:
         self.done += 1

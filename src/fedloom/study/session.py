@@ -29,11 +29,11 @@ from fedloom.study.build import (
     adapter_of,
     algorithm_of,
     check_start,
-    clients_per_round,
+    clients_in_a_pass,
     message_bytes,
     population_of,
     started,
-    width_of,
+    uploads_per_round,
 )
 from fedloom.study.choose import LAST
 from fedloom.study.costs import peak_memory_bytes
@@ -157,7 +157,7 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
                     "task_clients": None if recipe.evaluate.task_clients is None else SMOKE_CLIENTS,
                 }
             ),
-            "runtime": recipe.runtime.model_copy(update={"client_dropout": 0.0}),
+            "runtime": recipe.runtime.model_copy(update={"client_dropout": 0.0, "buffer_size": None}),
             **steps,
         }
     )
@@ -204,6 +204,7 @@ def _check_cohort(recipe: Recipe, federation: Federation) -> None:
             hint=f"clients_per_round={there}, or a split with more clients",
             code="recipe.clients_per_round",
         )
+    uploads_per_round(recipe, there)
 
 
 def _check_positions(base: Base, recipe: Recipe, federation: Federation) -> None:
@@ -296,8 +297,9 @@ def plan(session: Session, *, probe: bool = True) -> PlanReport:
     state = initial_state(algorithm, adapter, recipe.seed)
     population = population_of(federation, recipe, "federated")
     ids = population.ids
-    cohort = clients_per_round(recipe, len(ids)) or len(ids)
-    up, down = message_bytes(algorithm, adapter, state, Client(ids[0], ()), tuple(ids[:cohort]))
+    cohort = uploads_per_round(recipe, len(ids))
+    told = () if recipe.runtime.kind == "buffered" else tuple(ids[:cohort])  # nobody is told of others there
+    up, down = message_bytes(algorithm, adapter, state, Client(ids[0], ()), told)
     steps = [len(population.batches(client, 0)) for client in ids]
     speed = _probe(session) if probe else None
     report = federation.report
@@ -329,7 +331,7 @@ def plan(session: Session, *, probe: bool = True) -> PlanReport:
         score=session.measures().score,
         benchmarks={one.task.name: one.items for one in session.benchmarks},
         arms=list(recipe.arms),
-        clients_per_batch=width_of(recipe, federation, session.base) if recipe.runtime.kind == "batched" else 1,
+        clients_per_batch=clients_in_a_pass(recipe, federation, session.base),
         data=report.said,
         tokens_per_second=speed,
         train_seconds=seconds,
@@ -353,7 +355,7 @@ def _probe(session: Session) -> float:
     algorithm = algorithm_of(recipe)
     state = initial_state(algorithm, adapter, recipe.seed)
     population = population_of(federation, recipe, "federated")
-    width = width_of(recipe, federation, session.base) if recipe.runtime.kind == "batched" else 1
+    width = clients_in_a_pass(recipe, federation, session.base)
     ids = list(population.ids)[:width]
     train = federation.pooled("train")
     size = recipe.client.per_device_train_batch_size * recipe.client.gradient_accumulation_steps

@@ -9,6 +9,8 @@ Arm = Literal["base", "local", "federated", "global"]
 SplitKind = Literal["iid", "dirichlet", "shards", "quantity_skew", "by_category", "by_column", "files", "natural"]
 ClientOptim = Literal["adamw", "adam", "sgd", "momentum", "yogi", "adagrad"]
 ServerOptim = Literal["momentum", "nesterov", "adam", "yogi", "adagrad"]
+RuntimeKind = Literal["batched", "sequential", "loopback", "buffered"]
+ClientSpeeds = Literal["steps", "uniform", "lognormal"]
 AdapterKind = Literal["lora", "dora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "full"]
 RankMix = Literal["same", "heavy_tail", "normal", "uniform"]
 Compression = Literal["top_k", "random_k", "low_rank", "float16", "bfloat16", "quantize", "zstd"]
@@ -48,6 +50,12 @@ DPO_DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "sigmoid_norm": {"beta": 2.0, "label_smoothing": 0.0},
     "hinge": {"beta": 0.1},
     "ipo": {"beta": 0.1},
+}
+
+# The settings each runtime has besides those that all have; None is settled by the cohort.
+RUNTIME_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "batched": {"clients_per_batch": "auto"},
+    "buffered": {"clients_per_batch": "auto", "buffer_size": None, "staleness_exponent": 0.5},
 }
 
 # The settings each way of compressing has, in the order in which messages go through them.

@@ -15,8 +15,8 @@ from fedloom.errors import RunError
 from fedloom.optimizers import adamw, decay, sgd
 from fedloom.rounds import Sampling, federate, initial_state, run_round
 from fedloom.runtimes import batched, buffered, sequential
-from fedloom.runtimes.fedbuff import CLOCK, UNDER_WAY, clock_of, under_way
 from fedloom.runtimes.clock import speeds
+from fedloom.runtimes.fedbuff import CLOCK, UNDER_WAY, clock_of, under_way
 from fedloom.servers import fed_avgm
 from fedloom.study import checkpoint
 from fedloom.types import Transform

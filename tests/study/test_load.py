@@ -1,7 +1,7 @@
 """Reading recipes: lines, coercion, spellings row by row, overrides, and all objections at once."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -12,6 +12,7 @@ from fedloom.study.methods import METHODS
 from fedloom.study.recipe import BLOCKS, Recipe
 
 TOP = [name for name in Recipe.model_fields if name not in BLOCKS]
+CLIENT_KINDS = get_args(BLOCKS["client"].model_fields["kind"].annotation)
 ARMS = ("base", "local", "federated", "global")
 BASE = "model: m\ndata: {path: d.jsonl}\nlocal_steps: 4\n"
 
@@ -74,7 +75,7 @@ bogus: 1
         ("client: {r: 3}", "client.r 3: no such key in client: write adapter.lora_r"),
         ("limit: 3", "limit 3: which one: data.limit, evaluate.limit?"),
         ("lora_rr: 3", "lora_rr 3: no such key, did you mean adapter.lora_r?"),
-        ("client: 5", "client.kind 5: expected sgd"),
+        ("client: 5", f"client.kind 5: expected one of {', '.join(CLIENT_KINDS)}"),
         ("checkpoint: 5", "checkpoint 5: expected a block of keys: save_rounds, save_total_limit, export"),
         ("arms: [federatd]", f"arms [federatd]: expected one of {', '.join(ARMS)}; did you mean federated?"),
         ("trust_remote_code: maybe", "trust_remote_code maybe: expected true or false"),

@@ -325,6 +325,20 @@ def test_reading_a_recipe_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_another_kind_on_the_command_line_leaves_the_recipes_own_keys_of_the_old_one():
+    text = "model: builtin\nlocal_steps: 1\nadapter: {lora_r: 4, lora_dropout: 0.1, rank_pattern: {v_proj: 2}}\n"
+    recipe, notes = validate_text(text, ["adapter.kind=ia3"])
+    assert (recipe.adapter.kind, recipe.adapter.lora_r) == ("ia3", None)
+    assert notes == (
+        "adapter.kind=ia3: without the recipe's adapter.lora_r, adapter.lora_dropout, adapter.rank_pattern, "
+        "which are another kind's",
+    )
+    recipe, notes = validate_text(text, ["adapter.kind=dora"])
+    assert (recipe.adapter.kind, recipe.adapter.lora_r, notes) == ("dora", 4, ())
+    recipe, _ = validate_text(text, ["adapter.kind=lora"])
+    assert recipe.adapter.rank_pattern == {"v_proj": 2}
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -335,6 +349,12 @@ def test_reading_a_recipe_imports_nothing_heavy() -> None:
         (["adapter.num_virtual_tokens=4"], "adapter.num_virtual_tokens 4: would have no effect, kind is lora"),
         (["adapter.kind=prompt_tuning", "method=flora"], "it works on LoRA's factors"),
         (["adapter.kind=prefix_tuning", "method=ffa_lora"], "it works on LoRA's factors"),
+        (["adapter.kind=dora", "method=flora"], "the sum of products that it makes exact is not the mean of these"),
+        (["adapter.kind=dora", "method=rolora"], "then dora's magnitudes would never be trained"),
+        (["adapter.kind=ia3", "method=fedsa_lora"], "it works on LoRA's factors and adapter.kind is ia3"),
+        (["adapter.bias=all", "method=ffa_lora"], "which leaves biases as they are: adapter.bias: none"),
+        (["adapter.kind=ia3", "adapter.use_rslora=true"], "would have no effect, kind is ia3; lora, dora have it"),
+        (["adapter.rank_pattern={v_proj: 0}"], "must be >= 1"),
         (["method=fedsa_lora", "client.trainable=lora_B"], "what is sent must be trained in every round"),
         (["method=flora", "client.trainable=lora_B"], "flora is for clients that train both factors"),
         (["aggregate.norm_weighted=true"], "would have no effect, kind is mean; het_lora has it"),

@@ -91,13 +91,13 @@ def test_recipes_may_be_named_and_lie_beside_the_suite(tmp_path: Path, monkeypat
     assert names_suite("there/s.yaml") and not names_suite("there/mine.yaml")
 
 
-def test_another_kind_of_adapter_leaves_nothing_of_the_recipes_own(suite: Callable[..., Suite]) -> None:
-    """Its keys mean nothing to another kind; there is one kind so far, so the recipe itself says an unknown one."""
-    text = "suite: s\nbase: one.yaml\ngrid:\n  adapter: {mine: {adapter: {lora_r: 4, kind: lora}}}\nseeds: 0\n"
-    assert suite(text).cells[0].recipe.adapter.lora_dropout == 0.1
-    Path("one.yaml").write_text(BASE.replace("kind: lora", "kind: other"))
-    other = suite(text).cells[0].recipe.adapter
-    assert (other.kind, other.lora_r, other.lora_dropout) == ("lora", 4, 0.0)
+def test_another_kind_of_adapter_keeps_what_it_has_too_and_leaves_the_rest(suite: Callable[..., Suite]) -> None:
+    cells = suite("suite: s\nbase: one.yaml\ngrid: {adapter.kind: [dora, ia3]}\nseeds: 0\n").cells
+    found = [(one.kind, one.lora_r, one.lora_dropout) for one in (cell.recipe.adapter for cell in cells)]
+    assert found == [("dora", 16, 0.1), ("ia3", None, None)]
+    text = "suite: s\nbase: one.yaml\ngrid:\n  adapter: {mine: {adapter: {lora_r: 4, kind: dora}}}\nseeds: 0\n"
+    mine = suite(text).cells[0].recipe.adapter
+    assert (mine.kind, mine.lora_r, mine.lora_dropout) == ("dora", 4, 0.1)
 
 
 def test_null_takes_back_what_the_recipe_says(suite: Callable[..., Suite]) -> None:

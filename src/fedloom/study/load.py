@@ -18,6 +18,7 @@ from fedloom.errors import UserError
 from fedloom.study.aliases import REFUSED, SAID, SAME, SAME_VALUES
 from fedloom.study.objections import objections
 from fedloom.study.recipe import BLOCKS, Recipe
+from fedloom.study.settings import ADAPTER_DEFAULTS
 
 __all__ = [
     "Extra",
@@ -755,19 +756,32 @@ def _put_extra(collector: _Collector, extra: Extra) -> None:
     """Replace what the recipe says. Another kind of adapter, aggregate or server leaves nothing of the recipe's own."""
     homes = [extra.key] if extra.key in _ALL else _HOMES.get(extra.key) or [SAME.get(extra.key, extra.key)]
     key = homes[0] if len(homes) == 1 else extra.key
-    block, _, leaf = key.rpartition(".")
     null = isinstance(extra.raw, _Scalar) and not extra.raw.quoted and extra.raw.text.lower() in ("", "~", "null")
     if null and key in _ALL and type(None) not in _options(_annotation(key)):
         collector.given.pop(key, None)  # as if the recipe had not said it
         return
-    if block in _KIND_IS_ALL and leaf == "kind" and isinstance(extra.raw, _Scalar):
-        before = collector.given.get(key)
-        was = before.raw if before is not None else _Scalar(str(BLOCKS[block].model_fields["kind"].default))
-        if isinstance(was, _Scalar) and was.text != extra.raw.text:
-            for other in [k for k, given in collector.given.items() if k.startswith(f"{block}.")]:
-                if collector.given[other].place.override is None:
-                    del collector.given[other]
+    _leave_other_kinds(collector, key, extra.raw)
     collector.top(extra.key, extra.raw, _Place(override=extra.said))
+
+
+def _leave_other_kinds(collector: _Collector, key: str, raw: _Raw) -> list[str]:
+    """Drop what the recipe itself says of another kind of adapter, aggregate or server; the keys that were dropped.
+
+    What kinds of adapters have in common (lora and dora) stays.
+    """
+    block, _, leaf = key.rpartition(".")
+    if block not in _KIND_IS_ALL or leaf != "kind" or not isinstance(raw, _Scalar):
+        return []
+    before = collector.given.get(key)
+    was = before.raw if before is not None else _Scalar(str(BLOCKS[block].model_fields["kind"].default))
+    if not isinstance(was, _Scalar) or was.text == raw.text:
+        return []
+    kept = {f"{block}.{setting}" for setting in ADAPTER_DEFAULTS.get(raw.text, {})} if block == "adapter" else {""}
+    mine = [k for k, given in collector.given.items() if k.startswith(f"{block}.") and given.place.override is None]
+    keys = [k for k in mine if k not in kept]
+    for other in keys:
+        del collector.given[other]
+    return [other for other in keys if other != key]
 
 
 def validate_text(
@@ -827,6 +841,9 @@ def validate_text(
             message = f"not YAML: {error.problem or error.context}"
             collector.problem(override.key, message, place, _Scalar(override.value))
             continue
+        left = _leave_other_kinds(collector, override.key, raw)
+        if left:
+            collector.notes.append(f"{override.said}: without the recipe's {', '.join(left)}, which are another kind's")
         collector.top(override.key, raw, place)
     collector.late()
     recipe = _checked(collector)

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedloom.adapters import Lora, full, lora, p_tuning, prefix_tuning, prompt_tuning
+    from fedloom.adapters import Lora, bottleneck, full, last_layers, lora, p_tuning, prefix_tuning, prompt_tuning
     from fedloom.aggregates import fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
     from fedloom.clients import (
         alternate,
@@ -50,9 +50,11 @@ _HOMES = {
     "fedloom.adapters": (
         "Ia3",
         "Lora",
+        "bottleneck",
         "dora",
         "full",
         "ia3",
+        "last_layers",
         "lora",
         "p_tuning",
         "prefix_tuning",
@@ -129,6 +131,7 @@ __all__ = [
     "adamw",
     "alternate",
     "batched",
+    "bottleneck",
     "buffered",
     "decay",
     "fed_adagrad",
@@ -144,6 +147,7 @@ __all__ = [
     "full",
     "het_lora",
     "initial_state",
+    "last_layers",
     "load_base",
     "load_recipe",
     "local_only",

@@ -10,7 +10,7 @@ import torch
 from tests.small import VOCAB, fedavg, gap, llama, small_lora
 from torch import Tensor
 
-from fedloom.adapters import dpo, lora, p_tuning, prefix_tuning, prompt_tuning
+from fedloom.adapters import bottleneck, dpo, full, lora, p_tuning, prefix_tuning, prompt_tuning
 from fedloom.aggregates import fedex_lora, flora
 from fedloom.clients import sgd_client
 from fedloom.data.pair_batches import PAIR
@@ -149,6 +149,8 @@ KINDS = {
     "prompt_tuning": lambda model: prompt_tuning(model, num_virtual_tokens=3),
     "p_tuning": lambda model: p_tuning(model, num_virtual_tokens=3, encoder_hidden_size=8),
     "prefix_tuning": lambda model: prefix_tuning(model, num_virtual_tokens=3),
+    "full": full,
+    "bottleneck": lambda model: bottleneck(model, size=4),
 }
 
 

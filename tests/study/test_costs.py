@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedloom.adapters import full, lora, p_tuning, prefix_tuning, prompt_tuning
+from fedloom.adapters import bottleneck, full, last_layers, lora, p_tuning, prefix_tuning, prompt_tuning
 from fedloom.data.batches import Batches
 from fedloom.data.tokens import Example
 from fedloom.models.load import load_base, random_base
@@ -32,6 +32,8 @@ KINDS = {
     "p_tuning": (0.02, lambda model: p_tuning(model, num_virtual_tokens=20)),
     "prefix_tuning": (0.05, lambda model: prefix_tuning(model, num_virtual_tokens=20)),
     "full": (0.02, full),
+    "last_layers": (0.02, lambda model: last_layers(model, layers=2)),
+    "bottleneck": (0.02, lambda model: bottleneck(model, size=16)),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 import transformers
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from tests.study.tiny_runs import kill_at, outcome, recipe
+from tests.study.tiny_runs import outcome, recipe
 
 from fedloom.errors import UserError
 from fedloom.models.load import load_base
@@ -21,7 +20,7 @@ from fedloom.study.run import run_recipe
 from fedloom.study.session import initial_state, open_session, plan
 from fedloom.study.tuned import evaluate_run, export_lora, export_merged, open_tuned
 
-KINDS = {"full": {"kind": "full"}}
+KINDS = {"full": {"kind": "full"}, "last_layers": {"kind": "last_layers", "trainable_layers": 1}}
 IDS = torch.arange(4, 44).reshape(2, 20)
 
 
@@ -63,25 +62,6 @@ def test_the_run_has_a_model_that_transformers_loads(done, kind, home):
         assert float((model(IDS).logits - wanted_logits(done, kind, home)).abs().max()) < 1e-9
     ours = transformers.AutoTokenizer.from_pretrained(done / "model")
     assert ours("abc")["input_ids"] == transformers.AutoTokenizer.from_pretrained(home / "model")("abc")["input_ids"]
-
-
-def test_other_runtimes_give_the_same_run(done, kind, home):
-    run = run_recipe(told(kind, home, home / f"{kind}_far", runtime={"kind": "loopback"}))
-    want, got = outcome(done)["result"], outcome(run)["result"]
-    a, b = (load_file(place / "model" / "model.safetensors") for place in (done, run))
-    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-9
-    for arm in want["arms"]:
-        assert want["arms"][arm]["loss"] == pytest.approx(got["arms"][arm]["loss"], rel=1e-8)
-        assert want["costs_per_arm"][arm].get("flops") == got["costs_per_arm"][arm].get("flops")
-        for cost in ("bytes_up_per_client_round", "bytes_down_per_client_round"):
-            assert want["costs_per_arm"][arm][cost] == got["costs_per_arm"][arm][cost], cost
-
-
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(done, kind, home, tmp_path):
-    again = told(kind, home, tmp_path / "run")
-    assert kill_at(again, "after line federated 1") == -signal.SIGKILL
-    run_recipe(again, resume=tmp_path / "run")
-    assert outcome(tmp_path / "run") == outcome(done)
 
 
 def test_every_command_opens_it(done, kind, home, tmp_path):
@@ -126,6 +106,37 @@ def test_settings_of_other_kinds_are_refused(kind, home, tmp_path):
     for setting, value in (("lora_r", 4), ("client_ranks", "uniform"), ("num_virtual_tokens", 3)):
         with pytest.raises(ValidationError, match=f"would have no effect: kind is {kind}"):
             told(kind, home, tmp_path / "x", adapter={**KINDS[kind], setting: value})
+
+
+def test_a_run_with_bottlenecks_opens_everywhere_and_merges_nowhere(home, tmp_path):
+    settings = {"kind": "bottleneck", "reduction_factor": 8, "non_linearity": "silu", "bottleneck_after": "mlp"}
+    again = told("full", home, tmp_path / "run", adapter=settings, client={"learning_rate": 0.1}, local_steps=2)
+    run = run_recipe(again)
+    tuned = open_tuned(run)
+    want = outcome(run)["result"]["arms"]["federated"]["loss"]
+    assert evaluate_run(run).outcome["loss"] == pytest.approx(want, rel=1e-9)
+    with torch.no_grad(), tuned.adapter.bound({k: leaf[None] for k, leaf in tuned.tree.items()}) as model:
+        logits = model(IDS).logits
+    with torch.no_grad():
+        assert float((tuned.base.model(IDS).logits - logits).abs().max()) > 1e-4
+    assert load_file(run / "adapter" / "adapter_model.safetensors")["model.layers.1.mlp.adapter_up.weight"].shape == (
+        32,
+        4,
+    )
+    export_lora(run, tmp_path / "again")
+    copy = open_tuned(tmp_path / "again", model=str(home / "model"), dtype="float64")
+    assert all(torch.equal(copy.tree[name], leaf) for name, leaf in tuned.tree.items())
+    assert open_target(str(tmp_path / "again"), model=str(home / "model")).kind == "adapter"
+    with pytest.raises(UserError, match="cannot be added to the weights"):
+        export_merged(run, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(ValidationError, match="but bottleneck_size is 3: leave one of them out"):
+        told("full", home, tmp_path / "x", adapter={**settings, "bottleneck_size": 3})
+    sized = told("full", home, tmp_path / "x", adapter={"kind": "bottleneck", "bottleneck_size": 3})
+    assert sized.adapter.reduction_factor is None
+    assert told("full", home, tmp_path / "x", adapter={"kind": "bottleneck"}).adapter.reduction_factor == 16
+    assert sized.client.learning_rate == 1e-2
+    assert plan(open_session(sized), probe=False).adapter == "bottleneck size 3 after attention and mlp"
 
 
 def test_a_pass_of_large_models_has_fewer_clients(home, monkeypatch, tmp_path):

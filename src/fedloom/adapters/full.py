@@ -2,24 +2,19 @@
 
 FedAvg as McMahan et al. 2017 have it: the whole model travels both ways, in float32 (`compress: {up: [bfloat16]}`
 halves it). A tied embedding is one leaf and travels once.
-
-Shape suffixes: C clients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
-from fedloom.adapters.frame import Frame
-from fedloom.adapters.weights import Weights, read_model, write_model
-from fedloom.types import Tree
+from fedloom.adapters.weights import OwnWeights
 
 
-def full(model: nn.Module, *, save_tokenizer: Callable[[Path], None] | None = None) -> Full:
+def full(model: nn.Module, *, save_tokenizer: Callable[[Path], None] | None = None) -> OwnWeights:
     """Every weight of the model, under its own name.
 
     Args:
@@ -28,39 +23,4 @@ def full(model: nn.Module, *, save_tokenizer: Callable[[Path], None] | None = No
             (see `ops.per_client`); one at a time, any.
         save_tokenizer: writes the tokenizer into an exported folder.
     """
-    return Full(model, save_tokenizer)
-
-
-class Full(Frame):
-    """The adapter; see `full`."""
-
-    kind = "full"
-    whole_model = True  # what is exported is a model folder, not an adapter's
-
-    def __init__(self, model: nn.Module, save_tokenizer: Callable[[Path], None] | None) -> None:
-        super().__init__(model, self._put_on)
-        self.weights = Weights(model, lambda name: True)
-        self.save_tokenizer = save_tokenizer
-
-    def init(self, seed: int) -> dict[str, Tensor]:
-        """The model's own weights, whatever the seed."""
-        return self.weights.start()
-
-    def check(self, tree: Tree) -> None:
-        """Raise UserError when `tree` is not made for this model."""
-        self.weights.check(tree)
-
-    def merge(self, tree: Tree) -> None:
-        """The tree's weights become the model's, for good."""
-        self.weights.move_in(tree)
-
-    def export(self, tree: Tree, path: Path) -> None:
-        """A model folder (config, safetensors, tokenizer) that `transformers` loads, in the model's dtype."""
-        write_model(self.weights, tree, path, self.save_tokenizer)
-
-    def load(self, path: Path) -> dict[str, Tensor]:
-        """Read a model folder of the same architecture."""
-        return read_model(self.weights, path)
-
-    def _put_on(self, tree_C: Tree, seed_C: Tensor | None) -> AbstractContextManager[None]:
-        return self.weights.on(tree_C)
+    return OwnWeights(model, "full", lambda name: True, save_tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -69,6 +70,30 @@ def features(module: nn.Module) -> tuple[int, int]:
         return int(module.weight.shape[0]), int(module.weight.shape[1])
     assert isinstance(module, nn.Linear)
     return module.in_features, module.out_features
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of a decoder by full name, lowest first.
+
+    Raises:
+        UserError: the model has no single stack of as many blocks as its config says.
+    """
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    number = getattr(config, "num_hidden_layers", None)
+    stacks = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == number
+    ]
+    stacks = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
+    if len(stacks) != 1:
+        raise UserError(
+            f"this model has {len(stacks)} stacks of {number} layers, where one was looked for",
+            hint="adapter.kind: lora works on layers by name, adapter.kind: full on all weights",
+            code="adapter.layers",
+        )
+    stack = model.get_submodule(stacks[0])
+    return {f"{stacks[0]}.{name}": block for name, block in stack.named_children()}
 
 
 def find_targets(

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedloom.adapters.frame import adapter_dtype, check_tree
+from fedloom.adapters.frame import Frame, adapter_dtype, check_tree
 from fedloom.errors import UserError
+from fedloom.models.load import load_base
 from fedloom.ops.per_client import per_client_weight
 from fedloom.types import Tree
 
@@ -73,32 +75,58 @@ def _placed(leaf_C: Tensor, dtype: torch.dtype) -> Tensor:
     return per_client_weight(leaf_C.to(dtype))
 
 
-def write_model(weights: Weights, tree: Tree, path: Path, save_tokenizer: Callable[[Path], None] | None) -> None:
-    """A whole model folder with the tree's weights, in the dtype the model computes in, as `save_pretrained` has it."""
-    before = {name: leaf.data for name, leaf in weights.own.items()}
-    weights.move_in(tree)
-    try:
-        model: Any = weights.model
-        model.save_pretrained(path)
-    finally:
-        for name, leaf in weights.own.items():
-            leaf.data = before[name]
-    if save_tokenizer is not None:
-        save_tokenizer(path)
+class OwnWeights(Frame):
+    """The adapter of `full` and `last_layers`; one tree at a time is on its model."""
 
+    whole_model = True  # what is exported is a model folder, not an adapter's
 
-def read_model(weights: Weights, path: Path) -> dict[str, Tensor]:
-    """The weights of a model folder of the same architecture.
+    def __init__(
+        self, model: nn.Module, kind: str, chosen: Callable[[str], bool], save_tokenizer: Callable[[Path], None] | None
+    ) -> None:
+        super().__init__(model, self._put_on)
+        self.kind = kind
+        self.weights = Weights(model, chosen)
+        self.save_tokenizer = save_tokenizer
 
-    Raises:
-        UserError: it is none, or of another shape.
-    """
-    from fedloom.models.load import load_base
+    def init(self, seed: int) -> dict[str, Tensor]:
+        """The model's own weights, whatever the seed."""
+        return self.weights.start()
 
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} is not a model folder: there is no config.json", code="adapter.missing")
-    first = next(iter(weights.own.values()))
-    found = dict(load_base(str(path), dtype=first.dtype, device=first.device).model.named_parameters())
-    tree = {name: found[name].detach().to(adapter_dtype(leaf)) for name, leaf in weights.own.items() if name in found}
-    weights.check(tree)
-    return tree
+    def check(self, tree: Tree) -> None:
+        """Raise UserError when `tree` is not made for this model."""
+        self.weights.check(tree)
+
+    def merge(self, tree: Tree) -> None:
+        """The tree's weights become the model's, for good."""
+        self.weights.move_in(tree)
+
+    def export(self, tree: Tree, path: Path) -> None:
+        """A model folder (config, safetensors, tokenizer) that `transformers` loads, in the model's dtype."""
+        before = {name: leaf.data for name, leaf in self.weights.own.items()}
+        self.weights.move_in(tree)
+        try:
+            model: Any = self.model
+            model.save_pretrained(path)
+        finally:
+            for name, leaf in self.weights.own.items():
+                leaf.data = before[name]
+        if self.save_tokenizer is not None:
+            self.save_tokenizer(path)
+
+    def load(self, path: Path) -> dict[str, Tensor]:
+        """Read a model folder of the same architecture.
+
+        Raises:
+            UserError: it is none, or of another shape.
+        """
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} is not a model folder: there is no config.json", code="adapter.missing")
+        own = self.weights.own
+        first = next(iter(own.values()))
+        found = dict(load_base(str(path), dtype=first.dtype, device=first.device).model.named_parameters())
+        tree = {name: found[name].detach().to(adapter_dtype(leaf)) for name, leaf in own.items() if name in found}
+        self.check(tree)
+        return tree
+
+    def _put_on(self, tree_C: Tree, seed_C: Tensor | None) -> AbstractContextManager[None]:
+        return self.weights.on(tree_C)

@@ -108,7 +108,7 @@ SAME_VALUES: Mapping[str, Mapping[str, str]] = {
         "chat_template": "chat",
         "text": "completion",
     },
-    "adapter.kind": {"LORA": "lora", "LoRA": "lora", "DoRA": "dora", "IA3": "ia3"},
+    "adapter.kind": {"LORA": "lora", "LoRA": "lora", "DoRA": "dora", "IA3": "ia3", "freeze": "last_layers"},
     "adapter.lora_target_modules": {"all": "all-linear", "all_linear": "all-linear"},
     "client.optim": {
         "AdamW": "adamw",

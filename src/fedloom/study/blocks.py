@@ -141,7 +141,8 @@ class AdapterRecipe(Block):
         description="The kind of adapter: `lora` on layers, `dora` (LoRA of the direction, and a trained magnitude), "
         "`ia3` (a vector that rescales keys, values and the inside of the feed-forward), or virtual tokens before "
         "every text: `prompt_tuning`, `p_tuning` (made by a small encoder), `prefix_tuning` (keys and values in every "
-        "layer); or the model's own weights: `full` (all of them).",
+        "layer); or the model's own weights: `full` (all of them), `last_layers` (those of the highest blocks); or new "
+        "parts: `bottleneck` (two small layers behind parts of each block).",
     )
     lora_r: Annotated[int, Field(ge=1)] | None = Field(None, description="Rank. Default 8. Only for lora, dora.")
     lora_alpha: Annotated[float, Field(gt=0)] | None = Field(
@@ -205,6 +206,28 @@ class AdapterRecipe(Block):
     encoder_hidden_size: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Of the encoder. Default: the model's hidden size. Only for p_tuning."
     )
+    trainable_layers: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="How many of the highest blocks are trained. Default 2. Only for last_layers."
+    )
+    trainable_extra: Literal["none", "norm", "norm_and_head"] | None = Field(
+        None,
+        description="What is trained above the blocks: the final norm, or that and the head. Default none. Only for "
+        "last_layers.",
+    )
+    bottleneck_size: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Width of the adapters. Default: the hidden size / reduction_factor. Only for bottleneck."
+    )
+    reduction_factor: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="In place of bottleneck_size. Default 16. Only for bottleneck."
+    )
+    non_linearity: Literal["relu", "gelu", "silu", "tanh"] | None = Field(
+        None, description="Between the two layers. Default relu. Only for bottleneck."
+    )
+    bottleneck_after: Literal["attention_and_mlp", "mlp"] | None = Field(
+        None,
+        description="Behind what of each block: `attention_and_mlp` (Houlsby et al. 2019) or `mlp` (Pfeiffer et al. "
+        "2021). Default attention_and_mlp. Only for bottleneck.",
+    )
 
 
 class ClientRecipe(Block):
@@ -216,7 +239,7 @@ class ClientRecipe(Block):
         "control variates, which travel both ways beside the parameters.",
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(
-        2e-4, description="Peak learning rate. Default 2e-4, with adapter.kind full 2e-5."
+        2e-4, description="Peak learning rate. Default 2e-4, with adapter.kind full or last_layers 2e-5."
     )
     optim: ClientOptim = Field("adamw", description="See optimizer_state for what it remembers.")
     optimizer_state: Literal["fresh", "kept"] = Field(

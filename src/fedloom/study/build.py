@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fedloom.adapters import dora, dpo, full, ia3, lora, p_tuning, prefix_tuning, prompt_tuning
+from fedloom.adapters import bottleneck, dora, dpo, full, ia3, last_layers, lora, p_tuning, prefix_tuning, prompt_tuning
 from fedloom.adapters import start as starting
 from fedloom.aggregates import fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
 from fedloom.clients import (
@@ -152,8 +152,32 @@ def prefix_of(base: Base, recipe: AdapterRecipe) -> Adapter:
     return prefix_tuning(base.model, num_virtual_tokens=recipe.num_virtual_tokens or 20, base_name=base.name)
 
 
+def saves_tokenizer_of(base: Base) -> Callable[[Path], None]:
+    return lambda path: load_tokenizer(base.name, pad=False).save_pretrained(path)
+
+
 def full_of(base: Base, recipe: AdapterRecipe) -> Adapter:
-    return full(base.model, save_tokenizer=lambda path: load_tokenizer(base.name, pad=False).save_pretrained(path))
+    return full(base.model, save_tokenizer=saves_tokenizer_of(base))
+
+
+def last_layers_of(base: Base, recipe: AdapterRecipe) -> Adapter:
+    return last_layers(
+        base.model,
+        layers=recipe.trainable_layers or 2,
+        extra=recipe.trainable_extra or "none",
+        save_tokenizer=saves_tokenizer_of(base),
+    )
+
+
+def bottleneck_of(base: Base, recipe: AdapterRecipe) -> Adapter:
+    return bottleneck(
+        base.model,
+        size=recipe.bottleneck_size,
+        reduction_factor=recipe.reduction_factor or 16.0,
+        non_linearity=recipe.non_linearity or "relu",
+        after=recipe.bottleneck_after or "attention_and_mlp",
+        base_name=base.name,
+    )
 
 
 def scale_of(recipe: Recipe) -> Callable[[str], float]:
@@ -228,6 +252,8 @@ ADAPTERS: Mapping[str, Callable[[Base, AdapterRecipe], Adapter]] = {
     "p_tuning": p_tuning_of,
     "prefix_tuning": prefix_of,
     "full": full_of,
+    "last_layers": last_layers_of,
+    "bottleneck": bottleneck_of,
 }
 
 CLIENTS: Mapping[str, Callable[[Recipe, int], ClientUpdate]] = {"sgd": sgd_of, "scaffold": scaffold_of}
@@ -510,8 +536,10 @@ def width_of(recipe: Recipe, federation: Federation, base: Base) -> int:
     hidden_size = int(getattr(base.model.config, "hidden_size", 1024))
     room = CPU_NUMBERS_PER_PASS // hidden_size if base.device.type == "cpu" else GPU_TOKENS_PER_PASS
     wanted = int(room // max(1.0, typical * recipe.client.per_device_train_batch_size))
-    if recipe.adapter.kind == "full":
-        wanted = min(wanted, WEIGHTS_PER_PASS // base.num_parameters)
+    if recipe.adapter.kind in ("full", "last_layers"):
+        layers = int(getattr(base.model.config, "num_hidden_layers", 0)) or 1
+        share = 1.0 if recipe.adapter.kind == "full" else min(1.0, (recipe.adapter.trainable_layers or 2) / layers)
+        wanted = min(wanted, int(WEIGHTS_PER_PASS / (share * base.num_parameters)))
     return max(1, min(wanted, len(federation.clients)))
 
 

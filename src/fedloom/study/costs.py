@@ -9,8 +9,8 @@ T tokens through the model, M of them targets of the loss, and P the sum over ro
     6 N T      the adapter: forward, and two products backward (N: parameters that it adds)
     4 H M      the output head at the targets, forward and back (H: its parameters; nothing else is looked at there);
                6 H M where it is trained itself
-   12 L D P    attention: scores and mixtures, forward and twice backward (L layers, D = heads x head size; the masked
-               half is counted, as torch's counter does)
+    4 L D P    attention: scores and mixtures, forward (L layers, D = heads x head size; the masked half is counted, as
+               torch's counter does), and 8 K D P backward in the K layers whose attention has a gradient
 
 A loss that compares with a reference (`fedloom.adapters.dpo`) has one more forward pass without the adapter: 2 F T,
 2 H M and 4 L D P.
@@ -108,14 +108,22 @@ def training_flops(adapter: Adapter, params: Tree) -> Flops:
     whole = getattr(getattr(adapter, "causal", None), "head", None) is None  # then it works on every position
     forward = backward = 0
     head_is_trained = False
+    attention: dict[str, bool] = {}  # of each attention: whether its last matrix, and so its mixture, has a gradient
+    names = {module: name for name, module in model.named_modules()}
     for layer, (passes, trained) in _matrices(adapter, params):
         if layer is head:
             head_is_trained = trained
         else:
             forward += layer.weight.numel()
             backward += layer.weight.numel() * (passes + trained)
+            parts = names[layer].split(".")
+            within = [i for i, part in enumerate(parts) if "attn" in part or "attention" in part]
+            if within:
+                attention[".".join(parts[: within[0] + 1])] = passes
     own_names = {name for name, _ in model.named_parameters()}
-    own = float(num_elements({name: leaf for name, leaf in params.items() if name not in own_names}))
+    added = {name: leaf for name, leaf in params.items() if name not in own_names}
+    added = {name: leaf for name, leaf in added.items() if name.partition("/")[2] not in params}  # control variates
+    own = float(num_elements(added))
     virtual: Any = getattr(adapter, "virtual", None)
     number, in_cache = (0, False) if virtual is None else (int(virtual.number), bool(virtual.in_cache))
     weight = getattr(head, "weight", None)
@@ -129,9 +137,11 @@ def training_flops(adapter: Adapter, params: Tree) -> Flops:
     per_target = (6.0 if head_is_trained else 4.0) * head_size
     if whole:
         per_token, per_target = per_token + per_target, 0.0
-    pair = 12.0 * layers * heads * int(size)
+    with_graph = sum(attention.values()) / len(attention) if attention else 1.0
+    pair = (4.0 + 8.0 * with_graph) * layers * heads * int(size)
     if hasattr(adapter, "rewards"):  # the reference's pass
-        per_token, per_target, pair = per_token + 2.0 * forward, per_target + 2.0 * head_size, pair * 4 / 3
+        per_token, per_target = per_token + 2.0 * forward, per_target + 2.0 * head_size
+        pair += 4.0 * layers * heads * int(size)
     return Flops(per_token, per_target, pair, encoder, 0 if in_cache else number, number if in_cache else 0)
 
 

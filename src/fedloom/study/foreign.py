@@ -97,6 +97,7 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
         "val_size": "data.val_set_size",
         "train_on_prompt": "data.train_on_inputs",
         "finetuning_type": "adapter.kind",
+        "freeze_trainable_layers": "adapter.trainable_layers",
     },
 }
 
@@ -140,7 +141,7 @@ _REASONS: Mapping[str, str] = {
     "fsdp": "not here",
     "push_to_hub": "nothing is sent anywhere",
     "hub_model_id": "nothing is sent anywhere",
-    "use_peft": "always an adapter here",
+    "use_peft": "adapter.kind says what is trained",
     "template": "the tokenizer's own template is used: data.chat_template",
     "stage": "supervised fine-tuning",
     "do_train": "always",

@@ -273,6 +273,11 @@ def _adapter_objections(recipe: Recipe) -> Iterator[Objection]:
             f"{adapter.bias}, but client.trainable is {recipe.client.trainable}, which leaves biases as they are: "
             "adapter.bias: none",
         )
+    if adapter.bottleneck_size is not None and adapter.reduction_factor is not None:
+        yield Objection(
+            ("adapter.reduction_factor", "adapter.bottleneck_size"),
+            f"{adapter.reduction_factor:g}, but bottleneck_size is {adapter.bottleneck_size}: leave one of them out",
+        )
     if adapter.kind not in WITH_FACTORS:
         needs = {
             "client.trainable": recipe.client.trainable != "all",

@@ -84,6 +84,12 @@ _KINDS: Mapping[str, Callable[[Mapping[str, Any], Shapes], AdapterRecipe]] = {
     "PROMPT_TUNING": lambda c, _: AdapterRecipe(kind="prompt_tuning", num_virtual_tokens=c["num_virtual_tokens"]),
     "P_TUNING": _p_tuning,
     "PREFIX_TUNING": lambda c, _: AdapterRecipe(kind="prefix_tuning", num_virtual_tokens=c["num_virtual_tokens"]),
+    "FEDLOOM_BOTTLENECK": lambda c, _: AdapterRecipe(  # our own: PEFT has no such kind
+        kind="bottleneck",
+        bottleneck_size=c["bottleneck_size"],
+        non_linearity=c["non_linearity"],
+        bottleneck_after=c["bottleneck_after"],
+    ),
 }
 
 

@@ -183,7 +183,10 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
         return table.get(name, {}) if isinstance(name, str) else {}
 
     adapter = filled["adapter"]
-    settle(adapter, row(ADAPTER_DEFAULTS, adapter.get("kind", "lora")))
+    own = dict(row(ADAPTER_DEFAULTS, adapter.get("kind", "lora")))
+    if adapter.get("bottleneck_size") is not None:
+        own.pop("reduction_factor", None)
+    settle(adapter, own)
     if adapter.get("kind") in ADAPTER_LEARNING_RATES:
         settle(client, {"learning_rate": ADAPTER_LEARNING_RATES[adapter["kind"]]})
     settle(client, row(CLIENT_OPTIM_DEFAULTS, client.get("optim", "adamw")))

@@ -346,6 +346,14 @@ def _adapter_said(recipe: Recipe) -> str:
         return f"{adapter.kind} r {adapter.lora_r}"
     if adapter.num_virtual_tokens is not None:
         return f"{adapter.kind}, {adapter.num_virtual_tokens} virtual tokens"
+    if adapter.kind == "last_layers":
+        more = {"norm": " and the norm", "norm_and_head": ", the norm and the head"}.get(
+            adapter.trainable_extra or "", ""
+        )
+        return f"last_layers, the {adapter.trainable_layers} highest{more}"
+    if adapter.kind == "bottleneck":
+        size = f"size {adapter.bottleneck_size}" if adapter.bottleneck_size else f"1/{adapter.reduction_factor:g}"
+        return f"bottleneck {size} after {(adapter.bottleneck_after or '').replace('_', ' ')}"
     return "full, every weight of the model" if adapter.kind == "full" else adapter.kind
 
 

@@ -11,7 +11,9 @@ ClientOptim = Literal["adamw", "adam", "sgd", "momentum", "yogi", "adagrad"]
 ServerOptim = Literal["momentum", "nesterov", "adam", "yogi", "adagrad"]
 RuntimeKind = Literal["batched", "sequential", "loopback", "buffered"]
 ClientSpeeds = Literal["steps", "uniform", "lognormal"]
-AdapterKind = Literal["lora", "dora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "full"]
+AdapterKind = Literal[
+    "lora", "dora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "full", "last_layers", "bottleneck"
+]
 RankMix = Literal["same", "heavy_tail", "normal", "uniform"]
 Compression = Literal["top_k", "random_k", "low_rank", "float16", "bfloat16", "quantize", "zstd"]
 DownCompression = Literal["float16", "bfloat16", "quantize", "zstd"]
@@ -40,10 +42,17 @@ ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "p_tuning": {"num_virtual_tokens": 20, "encoder_reparameterization_type": "mlp", "encoder_hidden_size": None},
     "prefix_tuning": {"num_virtual_tokens": 20},
     "full": {},
+    "last_layers": {"trainable_layers": 2, "trainable_extra": "none"},
+    "bottleneck": {
+        "bottleneck_size": None,
+        "reduction_factor": 16.0,
+        "non_linearity": "relu",
+        "bottleneck_after": "attention_and_mlp",
+    },
 }
 
 # Learning rates of kinds whose usual one is not that of small new parts (client.learning_rate's own default).
-ADAPTER_LEARNING_RATES: Mapping[str, float] = {"full": 2e-5}
+ADAPTER_LEARNING_RATES: Mapping[str, float] = {"full": 2e-5, "last_layers": 2e-5}
 # The settings each loss on pairs has (data.type: preference).
 DPO_DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "sigmoid": {"beta": 0.1, "label_smoothing": 0.0},

@@ -35,6 +35,10 @@ settings.register_profile("fedloom", deadline=None, derandomize=True, print_blob
 settings.load_profile("fedloom")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite", action="store_true", help="write down anew what tests/invariants compares with")
+
+
 def pytest_unconfigure() -> None:
     """Remove the caches that this process's tests left."""
     shutil.rmtree(_CACHES, ignore_errors=True)

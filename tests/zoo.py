@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -30,7 +31,7 @@ from fedloom.study import build
 from fedloom.study.methods import METHODS
 from fedloom.study.recipe import Recipe
 from fedloom.study.settings import ADAPTER_DEFAULTS, DownCompression
-from fedloom.types import Evaluation
+from fedloom.types import Algorithm, Evaluation
 
 # What a name of a table needs besides itself so that a recipe takes it and it does something: "TABLE/NAME" -> keys.
 NEEDS: Mapping[str, Mapping[str, Any]] = {}
@@ -96,29 +97,39 @@ def _base() -> Base:
     return base
 
 
+def copy_of(base: Base) -> Base:
+    """A model of its own: an adapter hooks into it, and may change its weights."""
+    model: Any = base.model
+    return replace(base, model=copy.deepcopy(model, {id(model.config): model.config}))
+
+
 def new_base() -> Base:
-    """The tiny model, a copy of its own: an adapter hooks into it, and may change its weights."""
-    base = _base()
-    return Base(copy.deepcopy(base.model), base.tokenizer, "tiny", base.dtype, base.num_parameters)
+    return copy_of(_base())
 
 
-@functools.lru_cache(maxsize=8)
-def _prepared(path: str, kind: str) -> Federation:
-    recipe = Recipe.model_validate(values_of("fedavg", data={"path": path, "type": kind}))
-    return prepare(recipe.data, recipe.split, _base().tokenizer, recipe.seed)
+_federations: dict[str, Federation] = {}
 
 
-def federation_of(recipe: Recipe) -> Federation:
-    return _prepared(recipe.data.path, recipe.data.type)
+def federation_of(recipe: Recipe, tokenizer: Any = None) -> Federation:
+    key = f"{recipe.data} {recipe.split} {id(tokenizer)}"
+    if key not in _federations:
+        _federations[key] = prepare(recipe.data, recipe.split, tokenizer or _base().tokenizer, recipe.seed)
+    return _federations[key]
 
 
-def evaluation_of(recipe: Recipe) -> Evaluation:
+def evaluation_of(recipe: Recipe, tokenizer: Any = None) -> Evaluation:
     """The loss of each client's model on its own rows."""
-    federation = federation_of(recipe)
+    federation = federation_of(recipe, tokenizer)
     pad_id = pad_id_of(federation.tokenizer)
     return loss_evaluation(
         "loss", lambda client: eval_batches(federation.clients[client].train, batch_size=4, pad_id=pad_id)
     )
+
+
+def algorithm_of(recipe: Recipe, tokenizer: Any = None) -> Algorithm:
+    """As a run composes it, who knows the whole population."""
+    weight = build.population_weight_of(recipe, federation_of(recipe, tokenizer))
+    return build.algorithm_of(recipe, population_weight=weight)
 
 
 def site_of(recipe: Recipe, client: str) -> ClientSite:
@@ -186,6 +197,15 @@ def values_of(method: str, kind: str | None = None, **more: Any) -> dict[str, An
         NEEDS.get(f"adapter/{kind}", {}),
         more,
     )
+
+
+def on_built_in(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same method on the built-in model and task, with few rows."""
+    own = {"path": "builtin:skills", "max_length": 256, "limit": 24, "cache": False}
+    if values["data"].get("type", "auto") != "auto":
+        own["type"] = values["data"]["type"]
+    changed = {"model": "builtin", "data": None, "split": {"kind": "quantity_skew", "alpha": 1.0, "clients": 3}}
+    return {**merged(values, changed), "data": {**own, "val_set_size": 0}}
 
 
 def refusal(values: Mapping[str, Any]) -> str | None:

@@ -37,7 +37,7 @@ class Setting:
         self.recipe = Recipe.model_validate(zoo.merged(values, {"runtime": runtime}))
         self.federation = zoo.federation_of(self.recipe)
         self.evaluation = zoo.evaluation_of(self.recipe)
-        self.algorithm = build.algorithm_of(self.recipe)
+        self.algorithm = zoo.algorithm_of(self.recipe)
         base = zoo.new_base()
         self.adapter = build.adapter_of(base, self.recipe)
         self.runtime = build.runtime_of(

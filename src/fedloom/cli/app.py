@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from fedloom.cli import cache, compare, environment, evaluate, initialise, look, models, recipes, run, watch
+from fedloom.cli import cache, compare, environment, evaluate, explain, initialise, look, models, recipes, run, watch
 from fedloom.cli.common import be_quiet, hear_warnings, out, render, say, wait_asleep
 from fedloom.errors import FedloomError, RunError, UserError, suggest
 
@@ -75,7 +75,7 @@ def _fedloom(
         )
 
 
-for _module in (run, look, recipes, initialise, evaluate, models, watch, compare, cache, environment):
+for _module in (run, look, recipes, explain, initialise, evaluate, models, watch, compare, cache, environment):
     _module.register(app)
 
 

@@ -139,6 +139,8 @@ def _head_of(model: nn.Module) -> Head | None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or body_of(model) is model:
         _say_whole("its output layer is not a plain matrix")
         return None
+    if weight.device.type == "meta":  # shapes without numbers: sizes can be told of them, and nothing be computed
+        return None
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     head = Head(
         weight,

@@ -10,6 +10,7 @@ from fedloom.adapters.lora import Lora, lora
 from fedloom.adapters.p_tuning import PTuning, p_tuning
 from fedloom.adapters.prefix_tuning import PrefixTuning, prefix_tuning
 from fedloom.adapters.prompt_tuning import PromptTuning, prompt_tuning
+from fedloom.adapters.seed_space import SeedSpace, seed_space
 
 __all__ = [
     "Bottleneck",
@@ -20,6 +21,7 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "Rewards",
+    "SeedSpace",
     "bottleneck",
     "dora",
     "dpo",
@@ -30,4 +32,5 @@ __all__ = [
     "p_tuning",
     "prefix_tuning",
     "prompt_tuning",
+    "seed_space",
 ]

@@ -27,4 +27,4 @@ def alternate(*updates: ClientUpdate) -> ClientUpdate:
         done: tuple[Tree, Tree] = updates[turn].finish(broadcast_C, work)
         return done
 
-    return ClientUpdate(init, step, finish)
+    return ClientUpdate(init, step, finish, cohort_axis=all(update.cohort_axis for update in updates))

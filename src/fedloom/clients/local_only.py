@@ -31,4 +31,11 @@ def local_only(inner: ClientUpdate) -> ClientUpdate:
     def personal(params: Tree) -> Tree:
         return {name: leaf for name, leaf in params.items() if not name.startswith((FIXED, CONTROL))}
 
-    return ClientUpdate(init, step, finish, personal, model=lambda params, own: {**params, **own})
+    return ClientUpdate(
+        init,
+        step,
+        finish,
+        personal,
+        model=lambda params, own: {**params, **own},
+        cohort_axis=inner.cohort_axis,
+    )

@@ -36,4 +36,11 @@ def split_personal(inner: ClientUpdate, shared: Callable[[str], bool]) -> Client
         own_C = {name: leaf + delta_C[name] if name in delta_C else leaf for name, leaf in kept_C.items()}
         return {name: leaf for name, leaf in delta_C.items() if shared(name) or name.startswith(TOLD)}, own_C
 
-    return ClientUpdate(init, step, finish, personal, model=lambda params, own: {**params, **own})
+    return ClientUpdate(
+        init,
+        step,
+        finish,
+        personal,
+        model=lambda params, own: {**params, **own},
+        cohort_axis=inner.cohort_axis,
+    )

@@ -7,7 +7,7 @@ linear in nothing and needs only the message and the site: seeds stand for what 
 from fedloom.compress.cast import cast
 from fedloom.compress.low_rank import low_rank
 from fedloom.compress.quantize import quantize
-from fedloom.compress.sparsify import random_k, top_k
+from fedloom.compress.sparsify import nonzero, random_k, top_k
 from fedloom.compress.zstd import zstd
 
-__all__ = ["cast", "low_rank", "quantize", "random_k", "top_k", "zstd"]
+__all__ = ["cast", "low_rank", "nonzero", "quantize", "random_k", "top_k", "zstd"]

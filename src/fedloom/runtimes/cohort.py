@@ -87,8 +87,10 @@ def batched(clients_per_batch: int) -> Runtime:
     ) -> Mapping[str, Metrics]:
         adapter.sync(state.base)
         found: dict[str, Metrics] = {}
-        for start in range(0, len(clients), clients_per_batch):
-            block = clients[start : start + clients_per_batch]
+        # where an update needs C == 1, so do clients with models of their own
+        width = clients_per_batch if algorithm.client.cohort_axis or not state.personal else 1
+        for start in range(0, len(clients), width):
+            block = clients[start : start + width]
             trees = [client_model(algorithm, adapter, state, client) for client in block]
             rows = evaluation.run(adapter, stack(trees), block)
             found.update({client.id: row for client, row in zip(block, rows, strict=True)})

@@ -141,7 +141,8 @@ class AdapterRecipe(Block):
         description="The kind of adapter: `lora` on layers, `dora` (LoRA of the direction, and a trained magnitude), "
         "`ia3` (a vector that rescales keys, values and the inside of the feed-forward), or virtual tokens before "
         "every text: `prompt_tuning`, `p_tuning` (made by a small encoder), `prefix_tuning` (keys and values in every "
-        "layer); or the model's own weights: `full` (all of them), `last_layers` (those of the highest blocks); or new "
+        "layer); or the model's own weights: `full` (all of them), `last_layers` (those of the highest blocks), "
+        "`seed_space` (all of them, along directions that seeds stand for: FedKSeed); or new "
         "parts: `bottleneck` (two small layers behind parts of each block).",
     )
     lora_r: Annotated[int, Field(ge=1)] | None = Field(None, description="Rank. Default 8. Only for lora, dora.")
@@ -228,18 +229,34 @@ class AdapterRecipe(Block):
         description="Behind what of each block: `attention_and_mlp` (Houlsby et al. 2019) or `mlp` (Pfeiffer et al. "
         "2021). Default attention_and_mlp. Only for bottleneck.",
     )
+    num_seeds: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Directions that the weights may move along; a number for each travels. Default 4096, with method "
+        "fedkseed_pro 1024. Only for seed_space.",
+    )
+    seed_sampling: Literal["uniform", "magnitude"] | None = Field(
+        None,
+        description="How clients draw seeds: `magnitude` prefers those along which the loss has been steep "
+        "(FedKSeed-Pro); two more numbers for each seed travel. Default uniform. Only for seed_space.",
+    )
+    direction_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
+        None, description="What the directions are drawn from. Default: the run's seed. Only for seed_space."
+    )
 
 
 class ClientRecipe(Block):
     """One client's work in one round."""
 
-    kind: Literal["sgd", "scaffold"] = Field(
+    kind: Literal["sgd", "scaffold", "mezo", "zo"] = Field(
         "sgd",
         description="The local algorithm: steps of an optimiser on own batches; `scaffold` corrects each of them by "
-        "control variates, which travel both ways beside the parameters.",
+        "control variates, which travel both ways beside the parameters; `mezo` takes two losses along a random "
+        "direction in place of the gradient, `zo` along the directions of adapter.kind seed_space.",
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(
-        2e-4, description="Peak learning rate. Default 2e-4, with adapter.kind full or last_layers 2e-5."
+        2e-4,
+        description="Peak learning rate. Default 2e-4, with adapter.kind full or last_layers 2e-5, with methods "
+        "fedmezo 1e-4, fedkseed and fedkseed_pro 1e-6.",
     )
     optim: ClientOptim = Field("adamw", description="See optimizer_state for what it remembers.")
     optimizer_state: Literal["fresh", "kept"] = Field(
@@ -276,6 +293,11 @@ class ClientRecipe(Block):
     warmup_rounds: Annotated[int, Field(ge=0)] = Field(0, description="Rounds in which the learning rate rises.")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="The end of the schedule as a share of the peak. Default 0. Only for linear and cosine."
+    )
+    zo_eps: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="How far from where a client is the two losses are taken. Default 1e-3 for mezo, 5e-4 for zo. Only "
+        "for these.",
     )
     prox_mu: Annotated[float, Field(ge=0)] = Field(
         0.0, description="FedProx: adds prox_mu / 2 x squared distance from the round's start to the loss."
@@ -333,8 +355,8 @@ class CompressRecipe(Block):
 
     up: list[Compression] = Field(
         default_factory=list,
-        description="What clients' messages go through, in this order: one of `top_k`, `random_k`, `low_rank`; then "
-        "one of `float16`, `bfloat16`, `quantize`; then `zstd`.",
+        description="What clients' messages go through, in this order: one of `nonzero` (lossless), `top_k`, "
+        "`random_k`, `low_rank`; then one of `float16`, `bfloat16`, `quantize`; then `zstd`.",
     )
     down: list[DownCompression] = Field(
         default_factory=list,

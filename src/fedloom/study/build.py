@@ -11,7 +11,19 @@ from typing import Any
 
 import torch
 
-from fedloom.adapters import bottleneck, dora, dpo, full, ia3, last_layers, lora, p_tuning, prefix_tuning, prompt_tuning
+from fedloom.adapters import (
+    bottleneck,
+    dora,
+    dpo,
+    full,
+    ia3,
+    last_layers,
+    lora,
+    p_tuning,
+    prefix_tuning,
+    prompt_tuning,
+    seed_space,
+)
 from fedloom.adapters import start as starting
 from fedloom.aggregates import fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
 from fedloom.clients import (
@@ -19,13 +31,15 @@ from fedloom.clients import (
     error_feedback,
     fednova_client,
     local_only,
+    mezo_client,
     scaffold_client,
     sgd_client,
     split_personal,
     tells_start_loss,
     with_control,
+    zo_client,
 )
-from fedloom.compress import cast, low_rank, quantize, random_k, top_k, zstd
+from fedloom.compress import cast, low_rank, nonzero, quantize, random_k, top_k, zstd
 from fedloom.data.batches import steps_per_epoch
 from fedloom.data.clients import Clients, population
 from fedloom.data.federation import ClientData, Federation
@@ -180,6 +194,16 @@ def bottleneck_of(base: Base, recipe: AdapterRecipe) -> Adapter:
     )
 
 
+def seed_space_of(base: Base, recipe: AdapterRecipe) -> Adapter:
+    return seed_space(
+        base.model,
+        num_seeds=recipe.num_seeds or 4096,
+        seed=recipe.direction_seed or 0,
+        magnitudes=recipe.seed_sampling == "magnitude",
+        save_tokenizer=saves_tokenizer_of(base),
+    )
+
+
 def scale_of(recipe: Recipe) -> Callable[[str], float]:
     """What LoRA multiplies a layer's B A by, at the full rank."""
     adapter = recipe.adapter
@@ -199,6 +223,37 @@ def sgd_of(recipe: Recipe, pieces: int = 1) -> ClientUpdate:
         kept = client.optimizer_state == "kept"
         return sgd_client(optimizer, prox_mu=client.prox_mu, keep_optimizer=kept, **settings)
 
+    return by_factor(recipe, on)
+
+
+def mezo_of(recipe: Recipe, pieces: int = 1) -> ClientUpdate:
+    client = recipe.client
+
+    def on(*factors: str) -> ClientUpdate:
+        return mezo_client(
+            CLIENT_OPTIMIZERS[client.optim](client),
+            epsilon=_given(client.zo_eps),
+            schedule=schedule_of(recipe),
+            accumulation_steps=client.gradient_accumulation_steps * pieces,
+            **({"trainable": lambda name: any(factor in name for factor in factors)} if factors else {}),
+        )
+
+    return by_factor(recipe, on)
+
+
+def zo_of(recipe: Recipe, pieces: int = 1) -> ClientUpdate:
+    client = recipe.client
+    return zo_client(
+        client.learning_rate,
+        epsilon=_given(client.zo_eps),
+        schedule=schedule_of(recipe),
+        accumulation_steps=client.gradient_accumulation_steps * pieces,
+    )
+
+
+def by_factor(recipe: Recipe, on: Callable[..., ClientUpdate]) -> ClientUpdate:
+    """Local work on all parameters or on some of LoRA's factors; what is sent of it, and what is told beside it."""
+    client = recipe.client
     if client.trainable == "alternate":
         update = alternate(on("lora_B"), on("lora_A"))
     else:
@@ -235,6 +290,7 @@ def schedule_of(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 COMPRESS: Mapping[str, Callable[[CompressRecipe], Transform]] = {
+    "nonzero": lambda r: nonzero(),
     "top_k": lambda r: top_k(_given(r.share)),
     "random_k": lambda r: random_k(_given(r.share), unbiased=not r.error_feedback),
     "low_rank": lambda r: low_rank(r.low_rank_r or 4),
@@ -254,9 +310,15 @@ ADAPTERS: Mapping[str, Callable[[Base, AdapterRecipe], Adapter]] = {
     "full": full_of,
     "last_layers": last_layers_of,
     "bottleneck": bottleneck_of,
+    "seed_space": seed_space_of,
 }
 
-CLIENTS: Mapping[str, Callable[[Recipe, int], ClientUpdate]] = {"sgd": sgd_of, "scaffold": scaffold_of}
+CLIENTS: Mapping[str, Callable[[Recipe, int], ClientUpdate]] = {
+    "sgd": sgd_of,
+    "scaffold": scaffold_of,
+    "mezo": mezo_of,
+    "zo": zo_of,
+}
 
 
 def adapter_of(base: Base, recipe: Recipe) -> Adapter:
@@ -544,9 +606,9 @@ def width_of(recipe: Recipe, federation: Federation, base: Base) -> int:
 
 
 def message_bytes(
-    algorithm: Algorithm, adapter: Adapter, state: State, client: Client, cohort: tuple[str, ...]
+    algorithm: Algorithm, adapter: Adapter, state: State, client: Client, cohort: tuple[str, ...], num_steps: int = 1
 ) -> tuple[int, int]:
-    """(up, down): bytes of one client's messages in a round, by the codec, found without training."""
+    """(up, down): bytes of one client's messages in a round of so many steps, by the codec, found without training."""
     site = Site(state.seed, state.round, client.id, cohort)
     narrowed = {name: leaf[None] for name, leaf in adapter.narrow(state.params, client).items()}
     personal = {name: leaf[None] for name, leaf in algorithm.client.personal(state.params).items()}
@@ -554,6 +616,8 @@ def message_bytes(
     # How small some messages are depends on what is in them: numbers like those of a first step stand for them.
     draw = torch.Generator().manual_seed(0)
     delta = {name: leaf[0] + torch.randn(leaf[0].shape, generator=draw).to(leaf) for name, leaf in delta_C.items()}
+    if hasattr(adapter, "num_seeds"):  # a step changes one number
+        delta = {name: leaf * (torch.arange(len(leaf)) < num_steps).to(leaf) for name, leaf in delta.items()}
     payload = sides.client_payload(algorithm, state.params, delta, client.weight, site)
     up = sides.upload_bytes(payload, client.weight, dict.fromkeys(TRAINING_METRICS, 0.0))
     return up, sides.broadcast_bytes(state, sides.broadcast_payload(algorithm, state), site)

@@ -19,6 +19,9 @@ Virtual tokens stand before each row: as embeddings they are tokens like any oth
 values only P grows; nothing of them is a matrix that tokens pass, so N is 0 but for the encoder that makes them, which
 works once a step.
 
+Without gradients (MeZO, FedKSeed) a step is two forward passes: 4 F T, 4 N T, 4 H M and 8 L D P. Making the directions
+is no matrix product and not counted.
+
 `flops` takes real tokens, `flops_padded` what went through the machine. Mixtures of experts are not modelled.
 """
 
@@ -98,8 +101,8 @@ def work_of(batches: Batches | PairBatches) -> Work:
     return Work(tokens, pairs, padded_tokens, padded_pairs, rows, targets if paired else None)
 
 
-def training_flops(adapter: Adapter, params: Tree) -> Flops:
-    """The formula's factors for an adapter on its model.
+def training_flops(adapter: Adapter, params: Tree, *, gradients: bool = True) -> Flops:
+    """The formula's factors for an adapter on its model; without `gradients` a step is two losses.
 
     Which matrices a gradient passes through, and which are trained, is found by a forward pass of a few tokens.
     """
@@ -135,13 +138,18 @@ def training_flops(adapter: Adapter, params: Tree) -> Flops:
     per_token = 2.0 * forward + 2.0 * backward + (6.0 * own if virtual is None else 0.0)
     encoder = 0.0 if virtual is None or in_cache else 6.0 * number * _encoder_elements(params)
     per_target = (6.0 if head_is_trained else 4.0) * head_size
+    if not gradients:
+        matrices = [leaf for name, leaf in params.items() if leaf.ndim == 2 and name not in own_names]
+        per_token = 4.0 * forward + (4.0 * sum(leaf.numel() for leaf in matrices) if virtual is None else 0.0)
+        per_target, encoder = 4.0 * head_size, encoder * 4 / 6
     if whole:
         per_token, per_target = per_token + per_target, 0.0
     with_graph = sum(attention.values()) / len(attention) if attention else 1.0
-    pair = (4.0 + 8.0 * with_graph) * layers * heads * int(size)
-    if hasattr(adapter, "rewards"):  # the reference's pass
-        per_token, per_target = per_token + 2.0 * forward, per_target + 2.0 * head_size
-        pair += 4.0 * layers * heads * int(size)
+    pair = (4.0 + 8.0 * with_graph if gradients else 8.0) * layers * heads * int(size)
+    if hasattr(adapter, "rewards"):  # the reference's pass, once for each loss
+        losses = 1 if gradients else 2
+        per_token, per_target = per_token + 2.0 * losses * forward, per_target + 2.0 * losses * head_size
+        pair += 4.0 * losses * layers * heads * int(size)
     return Flops(per_token, per_target, pair, encoder, 0 if in_cache else number, number if in_cache else 0)
 
 

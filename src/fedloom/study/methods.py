@@ -26,6 +26,9 @@ Method = Literal[
     "flex_lora",
     "fedex_lora",
     "het_lora",
+    "fedmezo",
+    "fedkseed",
+    "fedkseed_pro",
 ]
 
 # What a method's name stands for. An explicit key of a slot replaces what stands here; an explicit `kind` that
@@ -98,6 +101,25 @@ METHODS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         name: {"client": {"kind": "sgd"}, "aggregate": {"kind": name}, "server": {"kind": "replace"}}
         for name in ("flora", "flex_lora", "fedex_lora", "het_lora")
     },
+    "fedmezo": {
+        "client": {"kind": "mezo", "optim": "sgd", "learning_rate": 1e-4},
+        "aggregate": {"kind": "mean"},
+        "server": {"kind": "replace"},
+    },
+    "fedkseed": {
+        "adapter": {"kind": "seed_space"},
+        "client": {"kind": "zo", "optim": "sgd", "learning_rate": 1e-6},
+        "aggregate": {"kind": "mean"},
+        "server": {"kind": "replace"},
+        "compress": {"up": ["nonzero"]},
+    },
+    "fedkseed_pro": {
+        "adapter": {"kind": "seed_space", "num_seeds": 1024, "seed_sampling": "magnitude"},
+        "client": {"kind": "zo", "optim": "sgd", "learning_rate": 1e-6},
+        "aggregate": {"kind": "mean"},
+        "server": {"kind": "replace"},
+        "compress": {"up": ["nonzero"]},
+    },
 }
 
 METHOD_LINES: Mapping[str, str] = {
@@ -119,4 +141,7 @@ METHOD_LINES: Mapping[str, str] = {
     "flex_lora": "the mean of the products, cut to the rank by an SVD; clients of any rank (Bai et al. 2024)",
     "fedex_lora": "fedavg, and what averaging factors misses goes into the base: exact (Singhal et al. 2025)",
     "het_lora": "clients of different ranks, zero padded, weighed by what they learnt (Cho et al. 2024)",
+    "fedmezo": "no gradients: two forward passes a step, memory of inference, any adapter (Ling et al. 2024)",
+    "fedkseed": "no gradients, all weights tuned: what travels is a number for each of 4,096 seeds (Qin et al. 2024)",
+    "fedkseed_pro": "fedkseed with 1,024 seeds, drawn more often where the loss is steep (Qin et al. 2024)",
 }

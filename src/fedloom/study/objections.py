@@ -24,6 +24,7 @@ from fedloom.study.settings import (
     SERVER_OPTIM_DEFAULTS,
     SUMS,
     WITH_FACTORS,
+    ZEROTH_DEFAULTS,
 )
 from fedloom.study.yaml_text import yaml_value
 
@@ -176,6 +177,7 @@ def _training_objections(recipe: Recipe) -> Iterator[Objection]:
     yield from _drift_objections(recipe)
     yield from _factor_objections(recipe)
     yield from _dpo_objections(recipe)
+    yield from _zeroth_objections(recipe)
     settings = {
         key: getattr(server, key)
         for key in (
@@ -441,6 +443,77 @@ def _drift_objections(recipe: Recipe) -> Iterator[Objection]:
             yield Objection(
                 ("client.optimizer_state", "aggregate.kind"),
                 "kept, but fednova divides by the work of one round, and moments bring that of earlier ones: fresh",
+            )
+
+
+def _zeroth_objections(recipe: Recipe) -> Iterator[Objection]:
+    """Updates without gradients, and the adapter that only they can train."""
+    client, adapter = recipe.client, recipe.adapter
+    in_seeds = adapter.kind == "seed_space"
+    if in_seeds and client.kind != "zo":
+        yield Objection(
+            ("client.kind", "adapter.kind", "method"),
+            f"{client.kind}, but adapter.kind is seed_space, whose numbers have no gradient: method: fedkseed or "
+            "fedkseed_pro, or client.kind: zo",
+        )
+    if not in_seeds and client.kind == "zo":
+        yield Objection(
+            ("client.kind", "adapter.kind", "method"),
+            f"zo, but adapter.kind is {adapter.kind}: adapter.kind: seed_space, or for adapters client.kind: mezo "
+            "(method: fedmezo)",
+        )
+    if in_seeds and recipe.dtype == "bfloat16":
+        yield Objection(
+            ("dtype", "adapter.kind"), "bfloat16, but steps of seed_space are smaller than it can tell apart: float32"
+        )
+    if in_seeds and adapter.seed_sampling == "magnitude" and recipe.server.kind != "replace":
+        yield Objection(
+            ("server.kind", "adapter.seed_sampling"),
+            f"{recipe.server.kind}, but magnitude counts how often each seed was drawn, and such counts are no steps: "
+            "server.kind: replace, or seed_sampling: uniform",
+        )
+    if client.kind not in ZEROTH_DEFAULTS:
+        if client.zo_eps is not None:
+            yield Objection(
+                ("client.zo_eps", "client.kind"),
+                f"{client.zo_eps} would have no effect: client.kind is {client.kind}; mezo and zo have it",
+            )
+        return
+    if client.max_grad_norm is not None:
+        yield Objection(
+            ("client.max_grad_norm", "client.kind"),
+            f"{client.max_grad_norm} would have no effect: client.kind is {client.kind}, without gradients: leave it "
+            "out, or max_grad_norm: null",
+        )
+    if client.prox_mu > 0:
+        yield Objection(
+            ("client.prox_mu", "client.kind"),
+            f"{client.prox_mu} would have no effect: client.kind is {client.kind}; sgd has it",
+        )
+    if recipe.aggregate.kind == "fednova":
+        yield Objection(
+            ("aggregate.kind", "client.kind"),
+            f"fednova, but clients of kind {client.kind} do not tell their work: mean",
+        )
+    if client.optimizer_state == "kept":
+        yield Objection(
+            ("client.optimizer_state", "client.kind"), f"kept, but clients of kind {client.kind} start anew: fresh"
+        )
+    if client.kind == "zo":
+        if recipe.aggregate.weighting == "loss":
+            yield Objection(
+                ("aggregate.weighting", "client.kind"),
+                "loss, but clients of kind zo do not tell their loss at the start: data or uniform",
+            )
+        if client.optim != "sgd":
+            yield Objection(
+                ("client.optim", "client.kind"),
+                f"{client.optim}, but client.kind zo makes plain steps, whose sums are what travels: optim: sgd",
+            )
+        if client.weight_decay:
+            yield Objection(
+                ("client.weight_decay", "client.kind"),
+                f"{client.weight_decay}, but weights that decay are no sum of directions: weight_decay: 0",
             )
 
 

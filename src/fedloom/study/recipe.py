@@ -44,6 +44,7 @@ from fedloom.study.settings import (
     LOSSY,
     RUNTIME_DEFAULTS,
     SERVER_OPTIM_DEFAULTS,
+    ZEROTH_DEFAULTS,
     Arm,
     TrackerName,
 )
@@ -176,7 +177,8 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
 
     method = filled.get("method", "fedavg")
     for slot, settings in METHODS.get(method if isinstance(method, str) else "", {}).items():
-        if filled[slot].get("kind", settings["kind"]) == settings["kind"]:
+        kind = settings.get("kind")
+        if filled[slot].get("kind", kind) == kind:
             settle(filled[slot], settings)
 
     def row(table: Mapping[str, Mapping[str, Any]], name: object) -> Mapping[str, Any]:
@@ -189,7 +191,13 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
     settle(adapter, own)
     if adapter.get("kind") in ADAPTER_LEARNING_RATES:
         settle(client, {"learning_rate": ADAPTER_LEARNING_RATES[adapter["kind"]]})
+    if adapter.get("kind") == "seed_space":
+        settle(adapter, {"direction_seed": filled.get("seed", 42)})
+        if filled.get("dtype", "auto") == "auto":
+            filled["dtype"] = "float32"  # steps are smaller than bfloat16 can tell apart
     settle(client, row(CLIENT_OPTIM_DEFAULTS, client.get("optim", "adamw")))
+    if client.get("kind") in ZEROTH_DEFAULTS:
+        settle(client, {**ZEROTH_DEFAULTS[client["kind"]], "max_grad_norm": None})
     if client.get("lr_scheduler_type", "cosine") in ("linear", "cosine"):
         settle(client, {"min_lr_ratio": 0.0})
     if data.get("type") == "preference":

@@ -73,6 +73,7 @@ from fedloom.study.session import (
     shown_prompt,
     try_checkpoint,
 )
+from fedloom.study.settings import ZEROTH_DEFAULTS
 from fedloom.study.trackers import Trackers, require_trackers
 from fedloom.types import Algorithm, Client, Metrics, RoundReport, Runtime, State, Tree
 
@@ -374,7 +375,8 @@ class _Runner:
         )
         population = Watched(population_of(federation, recipe, arm), self.display)
         state = initial_state(algorithm, adapter, recipe.seed)
-        flops = training_flops(adapter, apart(state.params, CONTROL)[1])
+        gradients = recipe.client.kind not in ZEROTH_DEFAULTS
+        flops = training_flops(adapter, apart(state.params, CONTROL)[1], gradients=gradients)
         saved = self.folder.checkpoints(arm)
         totals = Totals(Best(self.best_by), models=len(population.ids) if arm == "local" else 1)
         every, tasks_every = recipe.evaluate.eval_rounds, recipe.evaluate.task_rounds

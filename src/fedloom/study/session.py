@@ -299,8 +299,8 @@ def plan(session: Session, *, probe: bool = True) -> PlanReport:
     ids = population.ids
     cohort = uploads_per_round(recipe, len(ids))
     told = () if recipe.runtime.kind == "buffered" else tuple(ids[:cohort])  # nobody is told of others there
-    up, down = message_bytes(algorithm, adapter, state, Client(ids[0], ()), told)
     steps = [len(population.batches(client, 0)) for client in ids]
+    up, down = message_bytes(algorithm, adapter, state, Client(ids[0], ()), told, max(steps))
     speed = _probe(session) if probe else None
     report = federation.report
     seconds = None
@@ -331,7 +331,7 @@ def plan(session: Session, *, probe: bool = True) -> PlanReport:
         score=session.measures().score,
         benchmarks={one.task.name: one.items for one in session.benchmarks},
         arms=list(recipe.arms),
-        clients_per_batch=clients_in_a_pass(recipe, federation, session.base),
+        clients_per_batch=clients_in_a_pass(recipe, federation, session.base) if algorithm.client.cohort_axis else 1,
         data=report.said,
         tokens_per_second=speed,
         train_seconds=seconds,
@@ -354,6 +354,8 @@ def _adapter_said(recipe: Recipe) -> str:
     if adapter.kind == "bottleneck":
         size = f"size {adapter.bottleneck_size}" if adapter.bottleneck_size else f"1/{adapter.reduction_factor:g}"
         return f"bottleneck {size} after {(adapter.bottleneck_after or '').replace('_', ' ')}"
+    if adapter.num_seeds is not None:
+        return f"seed_space, every weight of the model by {adapter.num_seeds:,} seeds"
     return "full, every weight of the model" if adapter.kind == "full" else adapter.kind
 
 
@@ -364,7 +366,7 @@ def _probe(session: Session) -> float:
     state = initial_state(algorithm, adapter, recipe.seed)
     population = population_of(federation, recipe, "federated")
     width = clients_in_a_pass(recipe, federation, session.base)
-    ids = list(population.ids)[:width]
+    ids = list(population.ids)[: width if algorithm.client.cohort_axis else 1]
     train = federation.pooled("train")
     size = recipe.client.per_device_train_batch_size * recipe.client.gradient_accumulation_steps
     pad_id = pad_id_of(federation.tokenizer)

@@ -12,10 +12,19 @@ ServerOptim = Literal["momentum", "nesterov", "adam", "yogi", "adagrad"]
 RuntimeKind = Literal["batched", "sequential", "loopback", "buffered"]
 ClientSpeeds = Literal["steps", "uniform", "lognormal"]
 AdapterKind = Literal[
-    "lora", "dora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "full", "last_layers", "bottleneck"
+    "lora",
+    "dora",
+    "ia3",
+    "prompt_tuning",
+    "p_tuning",
+    "prefix_tuning",
+    "full",
+    "last_layers",
+    "bottleneck",
+    "seed_space",
 ]
 RankMix = Literal["same", "heavy_tail", "normal", "uniform"]
-Compression = Literal["top_k", "random_k", "low_rank", "float16", "bfloat16", "quantize", "zstd"]
+Compression = Literal["nonzero", "top_k", "random_k", "low_rank", "float16", "bfloat16", "quantize", "zstd"]
 DownCompression = Literal["float16", "bfloat16", "quantize", "zstd"]
 LossType = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo"]
 TrackerName = Literal["trackio", "tensorboard", "mlflow", "wandb"]
@@ -49,6 +58,7 @@ ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "non_linearity": "relu",
         "bottleneck_after": "attention_and_mlp",
     },
+    "seed_space": {"num_seeds": 4096, "seed_sampling": "uniform", "direction_seed": None},
 }
 
 # Learning rates of kinds whose usual one is not that of small new parts (client.learning_rate's own default).
@@ -68,14 +78,17 @@ RUNTIME_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 # The settings each way of compressing has, in the order in which messages go through them.
-COMPRESS_ORDER = (("top_k", "random_k", "low_rank"), ("float16", "bfloat16", "quantize"), ("zstd",))
+COMPRESS_ORDER = (("nonzero", "top_k", "random_k", "low_rank"), ("float16", "bfloat16", "quantize"), ("zstd",))
 COMPRESS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "top_k": {"share": 0.1},
     "random_k": {"share": 0.1},
     "low_rank": {"low_rank_r": 4},
     "quantize": {"bits": 8, "block_size": None},
 }
-LOSSY = tuple(kind for kinds in COMPRESS_ORDER[:2] for kind in kinds)
+LOSSY = tuple(kind for kinds in COMPRESS_ORDER[:2] for kind in kinds if kind != "nonzero")
+
+# Local algorithms that need no gradient (two losses a step), with their own settings.
+ZEROTH_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"mezo": {"zo_eps": 1e-3}, "zo": {"zo_eps": 5e-4}}
 
 # The settings each optimiser has, with what they are when nothing is said. A setting that is not in an optimiser's
 # row has no effect on it and is refused.

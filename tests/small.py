@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedloom.adapters import Lora, lora
 from fedloom.aggregates import mean
-from fedloom.clients import alternate, local_only, sgd_client, split_personal
+from fedloom.clients import alternate, local_only, mezo_client, sgd_client, split_personal
 from fedloom.optimizers import adagrad, adam, adamw, decay, sgd, yogi
 from fedloom.servers import replace
 from fedloom.types import Algorithm, Client, ClientUpdate, Tree
@@ -83,6 +83,8 @@ CLIENT_UPDATES: dict[str, Callable[[], ClientUpdate]] = {
     "schedule": lambda: sgd_client(sgd(0.5), schedule=decay("cosine", 4, warmup_rounds=1)),
     "fedprox": lambda: sgd_client(sgd(0.1, momentum=0.9), prox_mu=0.5),
     "only_b": lambda: sgd_client(sgd(0.1), trainable=lambda name: "lora_B" in name),
+    "mezo": lambda: mezo_client(sgd(0.02, momentum=0.5), schedule=decay("cosine", 4)),
+    "mezo_only_b": lambda: mezo_client(adam(1e-2), accumulation_steps=2, trainable=lambda name: "lora_B" in name),
     "local_only": lambda: local_only(sgd_client(adamw(1e-2))),
     "fedsa_lora": lambda: split_personal(sgd_client(adamw(1e-2)), lambda name: "lora_A" in name),
     "rolora": lambda: alternate(

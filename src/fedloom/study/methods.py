@@ -111,14 +111,14 @@ METHODS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "client": {"kind": "zo", "optim": "sgd", "learning_rate": 1e-6},
         "aggregate": {"kind": "mean"},
         "server": {"kind": "replace"},
-        "compress": {"up": ["nonzero"]},
+        "compress": {"up": ["nonzero", "zstd"], "down": ["zstd"]},  # lossless
     },
     "fedkseed_pro": {
         "adapter": {"kind": "seed_space", "num_seeds": 1024, "seed_sampling": "magnitude"},
         "client": {"kind": "zo", "optim": "sgd", "learning_rate": 1e-6},
         "aggregate": {"kind": "mean"},
         "server": {"kind": "replace"},
-        "compress": {"up": ["nonzero"]},
+        "compress": {"up": ["nonzero", "zstd"], "down": ["zstd"]},  # lossless
     },
 }
 

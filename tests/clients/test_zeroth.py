@@ -45,9 +45,9 @@ def test_a_mezo_step_is_the_plain_two_sided_difference() -> None:
     delta, _ = update.finish({name: leaf[None] for name, leaf in tree.items()}, state)
 
     key, start, z = seed_of(3, 2, "c1", "mezo/0"), 0, {}
-    for name, leaf in tree.items():  # number by number of one long direction, in the tree's order
-        z[name] = directions([key], start, leaf.numel(), CPU, torch.float64)[0].view_as(leaf)
-        start += leaf.numel()
+    for name in sorted(tree):  # number by number of one long direction, in the order of names
+        z[name] = directions([key], start, tree[name].numel(), CPU, torch.float64)[0].view_as(tree[name])
+        start += tree[name].numel()
 
     def loss(sign: float) -> float:
         moved = {name: (leaf + sign * epsilon * z[name])[None] for name, leaf in tree.items()}

@@ -87,12 +87,16 @@ def mezo_client(
 
 
 def direction_of(tree_C: Tree, keys: Sequence[int]) -> dict[str, Tensor]:
-    """z ~ N(0, I) in the shape of the tree, from a key for each client; the same on every machine."""
+    """z ~ N(0, I) in the shape of the tree, from a key for each client; the same on every machine.
+
+    Leaves have their parts in the order of their names: that of a tree that came as a message is another.
+    """
     first = next(iter(tree_C.values()))
-    whole_CN = directions(keys, 0, sum(leaf[0].numel() for leaf in tree_C.values()), first.device, first.dtype)
-    sizes = [leaf[0].numel() for leaf in tree_C.values()]
-    parts = whole_CN.split(sizes, 1)
-    return {name: part.view_as(leaf).to(leaf.dtype) for part, (name, leaf) in zip(parts, tree_C.items(), strict=True)}
+    names = sorted(tree_C)
+    sizes = [tree_C[name][0].numel() for name in names]
+    parts_CN = directions(keys, 0, sum(sizes), first.device, first.dtype).split(sizes, 1)
+    z = {name: part.view_as(tree_C[name]) for name, part in zip(names, parts_CN, strict=True)}
+    return {name: z[name].to(leaf.dtype) for name, leaf in tree_C.items()}
 
 
 def value(loss: LossFn, params: Tree, batch_CBT: Batch, pieces: int = 1) -> Tensor:

@@ -10,17 +10,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedloom.adapters import Lora, bottleneck, full, last_layers, lora, p_tuning, prefix_tuning, prompt_tuning
+    from fedloom.adapters import (
+        Lora,
+        bottleneck,
+        full,
+        last_layers,
+        lora,
+        p_tuning,
+        prefix_tuning,
+        prompt_tuning,
+        seed_space,
+    )
     from fedloom.aggregates import fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
     from fedloom.clients import (
         alternate,
         fednova_client,
         local_only,
+        mezo_client,
         scaffold_client,
         sgd_client,
         split_personal,
         tells_start_loss,
         with_control,
+        zo_client,
     )
     from fedloom.data import Federation, population, prepare
     from fedloom.errors import FedloomError, RunError, UserError
@@ -59,6 +71,7 @@ _HOMES = {
         "p_tuning",
         "prefix_tuning",
         "prompt_tuning",
+        "seed_space",
     ),
     "fedloom.aggregates": (
         "fedex_lora",
@@ -74,11 +87,13 @@ _HOMES = {
         "alternate",
         "fednova_client",
         "local_only",
+        "mezo_client",
         "scaffold_client",
         "sgd_client",
         "split_personal",
         "tells_start_loss",
         "with_control",
+        "zo_client",
     ),
     "fedloom.data": ("Federation", "population", "prepare"),
     "fedloom.errors": ("FedloomError", "RunError", "UserError"),
@@ -154,6 +169,7 @@ __all__ = [
     "loopback",
     "lora",
     "mean",
+    "mezo_client",
     "nesterov",
     "optimize",
     "p_tuning",
@@ -168,6 +184,7 @@ __all__ = [
     "scaffold",
     "scaffold_client",
     "seed_of",
+    "seed_space",
     "sequential",
     "sgd",
     "sgd_client",
@@ -177,6 +194,7 @@ __all__ = [
     "with_dropout",
     "with_ranks",
     "yogi",
+    "zo_client",
 ]
 
 

@@ -11,7 +11,7 @@ from tests.small import batch, clients, fedavg, gap, llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedloom import wire
-from fedloom.adapters import seed_space
+from fedloom.adapters import dpo, seed_space
 from fedloom.adapters.seed_space import COEFFICIENTS, COUNTS, MAGNITUDES, SeedSpace
 from fedloom.clients import local_only, zo_client
 from fedloom.compress import nonzero, zstd
@@ -143,6 +143,8 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match="num_seeds is 0"):
         seed_space(llama(), num_seeds=0)
     adapter = seed_space(llama(), num_seeds=8)
+    with pytest.raises(UserError, match="moves the model's own weights"):
+        dpo(adapter)
     with pytest.raises(UserError, match=r"seed_coefficients is \[9\], expected \[8\]"):
         adapter.check({COEFFICIENTS: torch.zeros(9)})
     with pytest.raises(UserError, match="has no ranks"):

@@ -13,7 +13,7 @@ from tests.small import clients, fedavg, gap, small_lora
 from fedloom import wire
 from fedloom.aggregates import flora
 from fedloom.clients import error_feedback, sgd_client
-from fedloom.compress import cast, low_rank, quantize, random_k, top_k, zstd
+from fedloom.compress import cast, low_rank, nonzero, quantize, random_k, top_k, zstd
 from fedloom.compress.quantize import packed, unpacked
 from fedloom.errors import RunError, UserError
 from fedloom.optimizers import sgd
@@ -34,6 +34,7 @@ EVERY = {
     "top_k": lambda: top_k(0.1),
     "random_k": lambda: random_k(0.1),
     "low_rank": lambda: low_rank(2),
+    "nonzero": nonzero,
     "zstd": zstd,
 }
 
@@ -115,6 +116,22 @@ def test_top_k_keeps_the_largest_and_random_k_what_the_seed_says():
     assert torch.allclose(more, some * 2)
     rounds = {tuple(through(random_k(0.5), x, Site(3, r, "c1"))["x"].flatten().tolist()) for r in range(8)}
     assert len(rounds) > 2
+
+
+def test_nonzero_is_lossless_and_small_where_little_has_changed():
+    draw = torch.Generator().manual_seed(1)
+    few, many = torch.zeros(4096), torch.randn(40_000, generator=draw)
+    few[torch.randperm(4096, generator=draw)[:30]] = torch.randn(30, generator=draw)
+    large = torch.zeros(300, 300, dtype=torch.float64)
+    large[299, 299] = -1e-300
+    whole = {"few": few, "many": many, "large": large, "zero": torch.zeros(500), "tiny": torch.zeros(3)}
+    back = through(nonzero(), whole)
+    assert all(torch.equal(back[name], leaf) and back[name].dtype == leaf.dtype for name, leaf in whole.items())
+    assert set(nonzero().encode({"many": many}, SITE)) == {"many"}, "it would not pay"
+    frame = wire_bytes(nonzero(), {"few": torch.zeros(4096)})
+    assert wire_bytes(nonzero(), {"few": few}) - frame == pytest.approx(30 * 6, abs=16)
+    with pytest.raises(RunError, match="no places"):
+        nonzero().decode({"x|nonzero": ONE, "x|shape": shape(4)}, SITE)
 
 
 def test_low_rank_is_exact_for_matrices_of_that_rank_and_leaves_the_small_alone():

@@ -99,6 +99,7 @@ class SeedSpace(Frame):
 
     kind = "seed_space"
     whole_model = True  # what is exported is a model folder, not an adapter's
+    in_place = True  # the model without a tree is not the base
 
     def __init__(
         self,

@@ -57,6 +57,7 @@ from fedloom.seeds import seed_of
 from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, nesterov, replace
 from fedloom.study.blocks import AdapterRecipe, ClientRecipe, CompressRecipe, ServerRecipe
 from fedloom.study.recipe import Recipe
+from fedloom.study.settings import ZEROTH_DEFAULTS
 from fedloom.types import (
     Adapter,
     Aggregate,
@@ -419,7 +420,8 @@ def algorithm_of(
         UserError: the parts do not compose; every reason is named.
     """
     if arm in ("local", "global"):  # nothing is sent, so nothing is kept from being sent
-        plain = {"kind": "sgd", "trainable": "all", "shared": "all", "optimizer_state": "fresh"}
+        kind = recipe.client.kind if recipe.client.kind in ZEROTH_DEFAULTS else "sgd"
+        plain = {"kind": kind, "trainable": "all", "shared": "all", "optimizer_state": "fresh"}
         averaged = {"kind": "mean", "weighting": "data"}
         recipe = recipe.model_copy(
             update={

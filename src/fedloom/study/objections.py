@@ -462,6 +462,12 @@ def _zeroth_objections(recipe: Recipe) -> Iterator[Objection]:
             f"zo, but adapter.kind is {adapter.kind}: adapter.kind: seed_space, or for adapters client.kind: mezo "
             "(method: fedmezo)",
         )
+    if in_seeds and recipe.data.type == "preference":
+        yield Objection(
+            ("adapter.kind", "data.type"),
+            "seed_space, but data.type is preference, whose reference is the untouched base, and seed_space moves the "
+            "base's own weights: another kind, with method: fedmezo",
+        )
     if in_seeds and recipe.dtype == "bfloat16":
         yield Objection(
             ("dtype", "adapter.kind"), "bfloat16, but steps of seed_space are smaller than it can tell apart: float32"

@@ -380,6 +380,9 @@ def test_each_kind_of_adapter_has_its_own_settings_and_no_others():
     from fedloom.study.settings import ADAPTER_DEFAULTS
 
     for kind, settings in ADAPTER_DEFAULTS.items():
-        recipe, _ = validate_text("model: builtin\nlocal_steps: 1\n", [f"adapter.kind={kind}"])
+        method = "fedkseed" if kind == "seed_space" else "fedavg"  # the others have no gradient of its numbers
+        recipe, _ = validate_text(f"model: builtin\nlocal_steps: 1\nmethod: {method}\n", [f"adapter.kind={kind}"])
         said = resolved_json(recipe)["adapter"]
+        if kind == "seed_space":
+            assert said.pop("direction_seed") == 42
         assert said == {"kind": kind, **{key: value for key, value in settings.items() if value is not None}}

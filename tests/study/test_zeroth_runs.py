@@ -16,6 +16,7 @@ from tests.study.tiny_runs import kill_at, outcome, recipe
 
 from fedloom.study import checkpoint
 from fedloom.study.build import algorithm_of
+from fedloom.study.load import validate_text
 from fedloom.study.recipe import Recipe
 from fedloom.study.run import run_recipe
 from fedloom.study.session import initial_state, open_session, plan
@@ -136,6 +137,25 @@ def test_the_methods_fill_their_slots() -> None:
     assert plain(method="fedkseed", seed=7, adapter={"direction_seed": 1}).adapter.direction_seed == 1
     assert (mezo.adapter.kind, mezo.client.kind, mezo.client.zo_eps, mezo.dtype) == ("lora", "mezo", 1e-3, "auto")
     assert plain(method="fedmezo", client={"optim": "adam", "shared": "lora_A"}).client.adam_beta1 == 0.9
+
+
+def test_a_method_on_the_command_line_leaves_out_what_recipes_say_of_gradients() -> None:
+    text = (
+        "model: builtin\nlocal_steps: 1\nadapter: {kind: lora, lora_r: 4}\n"
+        "client: {optim: adamw, learning_rate: 0.01, max_grad_norm: 1.0, per_device_train_batch_size: 3}\n"
+    )
+    made, notes = validate_text(text, ["method=fedkseed", "client.learning_rate=1e-5"])
+    assert (made.adapter.kind, made.adapter.lora_r, made.client.kind) == ("seed_space", None, "zo")
+    assert (made.client.optim, made.client.learning_rate, made.client.max_grad_norm) == ("sgd", 1e-5, None)
+    assert made.client.per_device_train_batch_size == 3
+    assert any("without the recipe's adapter.kind, adapter.lora_r, client.optim" in note for note in notes)
+    made, _ = validate_text(text, ["method=fedmezo"])
+    assert (made.adapter.lora_r, made.client.kind, made.client.learning_rate) == (4, "mezo", 1e-4)
+    assert validate_text(text, ["method=fedprox"])[0].client.learning_rate == 0.01
+    again, _ = validate_text(text + "method: fedavg\n", ["method=fedavg"])
+    assert again.client.learning_rate == 0.01
+    own = "model: builtin\nlocal_steps: 1\nmethod: fedmezo\nclient: {learning_rate: 0.5}\n"
+    assert validate_text(own, ["method=fedmezo"])[0].client.learning_rate == 0.5
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from pydantic import BaseModel, ValidationError
 
 from fedloom.errors import UserError
 from fedloom.study.aliases import REFUSED, SAID, SAME, SAME_VALUES
+from fedloom.study.methods import METHODS
 from fedloom.study.objections import objections
 from fedloom.study.recipe import BLOCKS, Recipe
-from fedloom.study.settings import ADAPTER_DEFAULTS
+from fedloom.study.settings import ADAPTER_DEFAULTS, GRADIENT_SETTINGS, ZEROTH_DEFAULTS
 
 __all__ = [
     "Extra",
@@ -767,18 +768,32 @@ def _put_extra(collector: _Collector, extra: Extra) -> None:
 def _leave_other_kinds(collector: _Collector, key: str, raw: _Raw) -> list[str]:
     """Drop what the recipe itself says of another kind of adapter, aggregate or server; the keys that were dropped.
 
-    What kinds of adapters have in common (lora and dora) stays.
+    What kinds of adapters have in common (lora and dora) stays. A method without gradients leaves out what the recipe
+    says of steps along gradients, and one with an adapter of its own the recipe's adapter.
     """
+    mine = [k for k, given in collector.given.items() if given.place.override is None]
+    before = collector.given.get(key)
+    if key == "method" and isinstance(raw, _Scalar):
+        if before is not None and isinstance(before.raw, _Scalar) and before.raw.text == raw.text:
+            return []
+        slots = METHODS.get(raw.text, {})
+        of_gradients = slots.get("client", {}).get("kind") in ZEROTH_DEFAULTS
+        keys = [
+            k
+            for k in mine
+            if (of_gradients and k in GRADIENT_SETTINGS) or ("adapter" in slots and k.startswith("adapter."))
+        ]
+        for other in keys:
+            del collector.given[other]
+        return keys
     block, _, leaf = key.rpartition(".")
     if block not in _KIND_IS_ALL or leaf != "kind" or not isinstance(raw, _Scalar):
         return []
-    before = collector.given.get(key)
     was = before.raw if before is not None else _Scalar(str(BLOCKS[block].model_fields["kind"].default))
     if not isinstance(was, _Scalar) or was.text == raw.text:
         return []
     kept = {f"{block}.{setting}" for setting in ADAPTER_DEFAULTS.get(raw.text, {})} if block == "adapter" else {""}
-    mine = [k for k, given in collector.given.items() if k.startswith(f"{block}.") and given.place.override is None]
-    keys = [k for k in mine if k not in kept]
+    keys = [k for k in mine if k.startswith(f"{block}.") and k not in kept]
     for other in keys:
         del collector.given[other]
     return [other for other in keys if other != key]

@@ -89,6 +89,11 @@ LOSSY = tuple(kind for kinds in COMPRESS_ORDER[:2] for kind in kinds if kind != 
 
 # Local algorithms that need no gradient (two losses a step), with their own settings.
 ZEROTH_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"mezo": {"zo_eps": 1e-3}, "zo": {"zo_eps": 5e-4}}
+# What a recipe says of steps along gradients; its numbers mean nothing to steps along random directions.
+GRADIENT_SETTINGS = (
+    "client.kind", "client.optim", "client.learning_rate", "client.max_grad_norm", "client.momentum",
+    "client.weight_decay", "client.adam_beta1", "client.adam_beta2", "client.adam_epsilon", "client.prox_mu",
+)  # fmt: skip
 
 # The settings each optimiser has, with what they are when nothing is said. A setting that is not in an optimiser's
 # row has no effect on it and is refused.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 
 import pytest
@@ -73,3 +74,21 @@ def test_a_sound_frame_with_nonsense_inside_is_a_clear_error():
 def test_noise_is_never_read(noise):
     with pytest.raises(RunError):
         wire.decode(wire.MAGIC + noise)
+
+
+def test_num_bytes_needs_shapes_alone_of_every_type_and_size():
+    draw = random.Random(3)
+    for _ in range(20):
+        trees = {
+            group: {
+                f"{draw.choice('abcé')}{i}": torch.zeros([draw.randrange(7) for _ in range(draw.randrange(4))], dtype=t)
+                for i, t in enumerate(draw.sample(list(wire._DTYPES), 9))
+            }
+            for group in ("params", "base")
+        }
+        want = len(wire.encode("train", {"round": 3}, **trees))
+        assert wire.num_bytes("train", {"round": 3}, **trees) == want
+        shapes = {group: {k: leaf.to("meta") for k, leaf in tree.items()} for group, tree in trees.items()}
+        assert wire.num_bytes("train", {"round": 3}, **shapes) == want
+    whole = {"w": torch.empty(2**40, dtype=torch.bfloat16, device="meta")}
+    assert wire.num_bytes("train", {}, params=whole) > 2**41

@@ -38,6 +38,7 @@ PATTERNS = {
 }
 PATTERNS["phi"] = {"rank_pattern": {"fc1": 3}, "alpha_pattern": {"dense": 5.0, "q_proj": 2.0}}
 KINDS = {
+    "lora": lambda name: (lora, {}),
     "rslora": lambda name: (lora, {"use_rslora": True}),
     "patterns": lambda name: (lora, PATTERNS[name]),
     "rslora_patterns": lambda name: (lora, {"use_rslora": True, **PATTERNS[name]}),

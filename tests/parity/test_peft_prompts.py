@@ -49,7 +49,7 @@ def peft_config(kind: str):
 
 def with_peft(kind: str, model, tree):
     """PEFT's model with our numbers, and its parameters by our names."""
-    tuned = peft.get_peft_model(model, peft_config(kind)).double().eval()
+    tuned = peft.get_peft_model(model, peft_config(kind)).to(model.dtype).eval()
     encoder = dict(tuned.prompt_encoder["default"].named_parameters())
     names = {name: "embedding.weight" if name == "prompt_embeddings" else name for name in tree}
     assert sorted(names.values()) == sorted(encoder)
@@ -65,12 +65,13 @@ def filled(adapter, seed=1):
     return {k: leaf + 0.1 * torch.randn(leaf.shape, generator=draw, dtype=leaf.dtype) for k, leaf in tree.items()}
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_gradients_and_logits_equal_peft(model, kind):
-    adapter = KINDS[kind](MODELS[model]())
+def test_loss_gradients_and_logits_equal_peft(model, kind, dtype, tolerance):
+    adapter = KINDS[kind](MODELS[model]().to(dtype))
     tree = filled(adapter)
-    reference, params = with_peft(kind, MODELS[model](), tree)
+    reference, params = with_peft(kind, MODELS[model]().to(dtype), tree)
     data = batch(1)
     rows = len(data["input_ids"])
     mask = torch.ones_like(data["input_ids"])
@@ -79,18 +80,18 @@ def test_loss_gradients_and_logits_equal_peft(model, kind):
     want = F.cross_entropy(logits[:, :-1].flatten(0, 1), data["labels"][:, 1:].flatten(), ignore_index=-100)
     leaves = {k: leaf[None].clone().requires_grad_() for k, leaf in tree.items()}
     ours = adapter.loss(leaves, {k: leaf[None] for k, leaf in data.items()})
-    assert float(ours) == pytest.approx(float(want), rel=1e-9)
+    assert float(ours.detach()) == pytest.approx(float(want.detach()), rel=tolerance)
     got = torch.autograd.grad(ours.sum(), list(leaves.values()))
     grads = torch.autograd.grad(want, list(params.values()))
     for name, a, b in zip(tree, got, grads, strict=True):
-        assert float((a[0] - b).abs().max()) < 1e-8 * (1 + float(b.abs().max())), name
-    assert any(float(b.abs().max()) > 1e-6 for b in grads)
+        assert float((a[0] - b).norm()) < tolerance * float(b.norm()), name
+    assert all(float(b.norm()) > 1e-6 for b in grads)
     with torch.no_grad(), adapter.bound({k: leaf[None] for k, leaf in tree.items()}) as tuned:
         mine = tuned(input_ids=data["input_ids"]).logits
     assert mine.shape == (rows, data["input_ids"].shape[1], 64)
-    assert float((mine - logits).abs().max()) < 1e-9
+    assert float((mine - logits).norm() / logits.norm()) < tolerance
     with torch.no_grad():
-        plain = MODELS[model]().eval()(input_ids=data["input_ids"]).logits
+        plain = MODELS[model]().to(dtype).eval()(input_ids=data["input_ids"]).logits
         assert float((adapter.model(input_ids=data["input_ids"]).logits - plain).abs().max()) == 0, "unbound"
         assert float((plain - logits).abs().max()) > 1e-3
 

@@ -255,8 +255,8 @@ class ClientRecipe(Block):
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         2e-4,
-        description="Peak learning rate. Default 2e-4, with adapter.kind full or last_layers 2e-5, with methods "
-        "fedmezo 1e-4, fedkseed and fedkseed_pro 1e-6.",
+        description="Peak learning rate. Default 2e-4, with adapter.kind full or last_layers 2e-5, ia3 3e-3, with "
+        "methods fedmezo 1e-4, fedkseed and fedkseed_pro 1e-6.",
     )
     optim: ClientOptim = Field("adamw", description="See optimizer_state for what it remembers.")
     optimizer_state: Literal["fresh", "kept"] = Field(

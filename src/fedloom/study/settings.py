@@ -62,7 +62,7 @@ ADAPTER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 # Learning rates of kinds whose usual one is not that of small new parts (client.learning_rate's own default).
-ADAPTER_LEARNING_RATES: Mapping[str, float] = {"full": 2e-5, "last_layers": 2e-5}
+ADAPTER_LEARNING_RATES: Mapping[str, float] = {"full": 2e-5, "last_layers": 2e-5, "ia3": 3e-3}
 # The settings each loss on pairs has (data.type: preference).
 DPO_DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "sigmoid": {"beta": 0.1, "label_smoothing": 0.0},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedloom.study.draw import (
@@ -47,6 +47,11 @@ _MAX_CLIENT_ROWS = 30
 _MAX_LINES = 40  # of single clients, each a line of its own
 _MAX_PARTITION_ROWS = 36
 _MAX_CATEGORIES = 24
+
+
+def loss_per(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What the losses of some arms, or lines of rounds, are means over."""
+    return "pair" if any(row.get("preference_accuracy") is not None for row in rows) else "answer token"
 
 
 def score_picture(arms: Mapping[str, Mapping[str, Any]], measure: str) -> str:
@@ -92,7 +97,7 @@ def score_picture(arms: Mapping[str, Mapping[str, Any]], measure: str) -> str:
                 else "score on the common test set"
             )
         else:
-            axes.set_xlabel("loss on the common test set (nats per answer token)")
+            axes.set_xlabel(f"loss on the common test set (nats per {loss_per(arms.values())})")
 
     return picture("score", [values, ticks, measure], 0.9 + 0.55 * len(values), draw)
 
@@ -139,7 +144,7 @@ def loss_picture(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> str
             last = curves["val"][-1] if curves["val"] else curves["train"][-1]
             ends.append((last[0], last[1], short(arm, 14), colour))
         _round_axis(axes)
-        axes.set_ylabel("loss (nats per answer token)")
+        axes.set_ylabel(f"loss (nats per {loss_per(lines)})")
         axes.margins(x=0.02, y=0.07)
         seen = [point[1] for curves in data.values() for curve in curves.values() for point in curve]
         if 0 <= min(seen) < 0.6 * max(seen):  # from zero where that leaves room to see the change
@@ -323,7 +328,7 @@ def spread_picture(lines: Sequence[Mapping[str, Any]], arms: Sequence[str], key:
             axes.grid(visible=False, axis="x")
             axes.tick_params(labelbottom=False)
         figure.supylabel(
-            "score on validation rows" if shares else "validation loss (nats per answer token)",
+            "score on validation rows" if shares else f"validation loss (nats per {loss_per(lines)})",
             fontsize=10, color=MUTED,
         )  # fmt: skip
 

@@ -255,7 +255,7 @@ def run_figures(known: Known) -> list[Figure]:
         figure("score", findings.order_finding(arms, "loss"), about, pictures.score_picture(arms, "loss"))
     training = trained_arms(lines)
     if training:
-        about = "Mean over answer tokens. Validation: each client's model on its own rows, which nobody trains on."
+        about = f"Mean per {pictures.loss_per(lines)}. Validation: each client's model on its own rows, not trained on."
         figure("loss", findings.rounds_finding(lines, training), about, pictures.loss_picture(lines, training))
     _round_figures(known, training, figure)
     clients = _clients(arms, measure)
@@ -311,6 +311,16 @@ def _round_figures(known: Known, training: Sequence[str], figure: Any) -> None:
         about = "Each client's model on its own validation rows, as in own test; the test sets are kept for the end."
         picture = pictures.share_rounds_picture("score-rounds", curves, "score on validation rows")
         figure("score-rounds", findings.value_rounds_finding(curves, "validation score"), about, picture)
+    ranked = {
+        arm: [(line["round"], line["preference_accuracy"]) for line in lines
+              if line["arm"] == arm and line.get("preference_accuracy") is not None]
+        for arm in training
+    }  # fmt: skip
+    ranked = {arm: points for arm, points in ranked.items() if len(points) > 1}
+    if ranked:
+        about = "Pairs of validation rows whose chosen answer has the higher reward; a tie counts half: 50 % is chance."
+        picture = pictures.share_rounds_picture("ranked-rounds", ranked, "pairs ranked right")
+        figure("ranked-rounds", findings.value_rounds_finding(ranked, "share of pairs ranked right"), about, picture)
     measured = {str(place): line["tasks"] for place, line in enumerate(lines) if line.get("tasks")}
     first = dict(reversed(tasks_of(measured)))  # each task's first metric
     for place, task in enumerate(list(reversed(first))[:_MOST_TASK_FIGURES]):
@@ -357,8 +367,10 @@ def _tiles(known: Known) -> list[tuple[str, str, str]]:
             worst = one["own_test"]["score_worst"]
             if worst is not None:
                 tiles.append((percent(worst), "worst client", f"{lead}, own test set"))
+        if one.get("preference_accuracy") is not None:
+            tiles.append((percent(one["preference_accuracy"]), f"{lead}, pairs ranked right", "common test set"))
         if one["loss"] is not None:
-            tiles.append((f"{one['loss']:.3f}", f"{lead} loss", "nats per answer token"))
+            tiles.append((f"{one['loss']:.3f}", f"{lead} loss", f"nats per {pictures.loss_per([one])}"))
     wire = _wire(known)
     if wire:
         up, down = wire.get("federated", next(iter(wire.values())))

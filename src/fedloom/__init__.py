@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-<<<<<<< HEAD
     from fedloom.adapters import (
         Lora,
         bottleneck,
+        dpo,
         full,
         last_layers,
         lora,
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
         prompt_tuning,
         seed_space,
     )
-=======
-    from fedloom.adapters import Lora, dpo, full, lora, p_tuning, prefix_tuning, prompt_tuning
->>>>>>> 0c8d84d (Describe preference tuning; recipes for it, its figures in the report, TRL's trainer and real pairs in tests)
     from fedloom.aggregates import fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
     from fedloom.clients import (
         alternate,

@@ -10,7 +10,19 @@ import torch
 from tests.small import VOCAB, fedavg, gap, llama, small_lora
 from torch import Tensor
 
-from fedloom.adapters import bottleneck, dpo, full, lora, p_tuning, prefix_tuning, prompt_tuning
+from fedloom.adapters import (
+    bottleneck,
+    dora,
+    dpo,
+    full,
+    ia3,
+    last_layers,
+    lora,
+    p_tuning,
+    prefix_tuning,
+    prompt_tuning,
+    seed_space,
+)
 from fedloom.aggregates import fedex_lora, flora
 from fedloom.clients import sgd_client
 from fedloom.data.pair_batches import PAIR
@@ -149,7 +161,10 @@ KINDS = {
     "prompt_tuning": lambda model: prompt_tuning(model, num_virtual_tokens=3),
     "p_tuning": lambda model: p_tuning(model, num_virtual_tokens=3, encoder_hidden_size=8),
     "prefix_tuning": lambda model: prefix_tuning(model, num_virtual_tokens=3),
+    "dora": lambda model: dora(model, rank=4, alpha=8.0),
+    "ia3": ia3,
     "full": full,
+    "last_layers": lambda model: last_layers(model, layers=1),
     "bottleneck": lambda model: bottleneck(model, size=4),
 }
 
@@ -160,7 +175,8 @@ def test_every_kind_of_adapter_has_the_bare_base_as_reference(kind):
     tree = moved(adapter)
     with adapter.bound(tree) as model:
         want = plain_losses(model, base, batch, 0.1, "sigmoid")
-    assert float((adapter.rewards(tree, one(batch)).loss_CB[0] - want).abs().max()) < 1e-9
+    assert float((adapter.rewards(tree, one(batch)).loss_CB[0] - want.detach()).abs().max()) < 1e-9
+    assert float((want.detach() - math.log(2)).abs().max()) > 1e-4, "the policy did not move"
 
 
 def test_padding_pairs_and_cohorts_change_nothing():
@@ -241,6 +257,8 @@ def test_settings_that_cannot_be_are_refused_with_every_reason():
     assert "did you mean 'sigmoid'" in said and "beta is 0.0" in said and "label_smoothing is 0.7" in said
     with pytest.raises(UserError, match="hinge has none"):
         dpo(small_lora(), loss_type="hinge", label_smoothing=0.1)
+    with pytest.raises(UserError, match="only copy of the weights"):
+        dpo(seed_space(llama(), num_seeds=4))
     adapter = dpo(small_lora())
     with pytest.raises(UserError, match="compares two answers"):
         adapter.loss(moved(adapter), {"input_ids": torch.zeros(1, 1, 4), "labels": torch.zeros(1, 1, 4)})

@@ -57,7 +57,8 @@ def dpo(adapter: Adapter, *, beta: float = 0.1, loss_type: str = "sigmoid", labe
         label_smoothing: the share of pairs assumed to be the wrong way round (conservative DPO, Mitchell 2023).
 
     Raises:
-        UserError: a setting is out of range, or label smoothing is asked of a loss that has none.
+        UserError: a setting is out of range, label smoothing is asked of a loss that has none, or the adapter works on
+            the base's own weights.
     """
     problems = []
     if loss_type not in LOSS_TYPES:
@@ -70,6 +71,8 @@ def dpo(adapter: Adapter, *, beta: float = 0.1, loss_type: str = "sigmoid", labe
         problems.append(f"label_smoothing is {label_smoothing}, but {loss_type} has none")
     if getattr(adapter, "in_place", False):
         problems.append("the reference is the model with nothing on it, and this kind moves the model's own weights")
+    if getattr(adapter, "in_place", False):
+        problems.append("this adapter moves the only copy of the weights, so the model without it is no reference")
     if problems:
         raise UserError("; ".join(problems), code="adapter.dpo")
     return Dpo(adapter, beta, loss_type, label_smoothing)

@@ -329,6 +329,12 @@ def _dpo_objections(recipe: Recipe) -> Iterator[Objection]:
             "adapters, and no biases",
         )
     if data.type == "preference":
+        if recipe.adapter.kind == "seed_space":
+            yield Objection(
+                ("data.type", "adapter.kind", "method"),
+                "preference, but seed_space moves the only copy of the weights, so the reference would have to be "
+                "replayed from the start at every step: an adapter, method: fedmezo say",
+            )
         if data.train_on_inputs:
             yield Objection(
                 ("data.train_on_inputs", "data.type"),

@@ -209,7 +209,7 @@ def test_a_client_of_low_rank_starts_from_the_same_weights_cut_to_its_rank(kind)
     adapter = ours("llama", kind)
     tree = filled(adapter)
     [client] = clients(1, [2])
-    own = adapter.narrow(tree, client)
+    own, cut = adapter.narrow(tree, client), dict(tree)
     for name in adapter.sites:
         rank = adapter.ranks.at(name, 2)
         assert rank == {2: 1, 4: 2, 6: 3}[adapter.ranks.at(name)]
@@ -219,6 +219,9 @@ def test_a_client_of_low_rank_starts_from_the_same_weights_cut_to_its_rank(kind)
         torch.testing.assert_close(adapter.scale_of(2, name) * b @ a, adapter.scale_of(None, name) * want)
         back = adapter.widen(own, client)
         torch.testing.assert_close(back[f"{name}.lora_B.weight"], tree[f"{name}.lora_B.weight"][:, :rank])
+        cut[f"{name}.lora_A.weight"] = torch.cat([a[:rank], 0 * a[rank:]])
+    data = one(batch(1))
+    assert float(adapter.loss(one(own), data)) == pytest.approx(float(adapter.loss(one(cut), data)), rel=1e-10)
 
 
 def test_settings_that_do_not_fit_are_refused():

@@ -1,7 +1,7 @@
 """(IA)^3 (Liu et al. 2022) with a cohort axis: keys, values and the inside of the feed-forward are rescaled.
 
 One trained vector per layer: y = l * (W x + b) on keys and values, y = W (l * x) + b on the last feed-forward layer
-(Section 3.3). All begin as ones. A client sends the changes of its vectors: the least of all kinds here.
+(Section 3.3). All begin as ones. A client sends the changes of its vectors.
 
 Shape suffixes: C clients, N examples times tokens, D in-features, O out-features.
 """

@@ -205,7 +205,7 @@ ADAPTERS_EXPLAINED: Mapping[str, Explained] = {
     ),
     "ia3": Explained(
         "keys, values and the inside of the feed-forward are multiplied by vectors; trains these",
-        "one vector of each layer: the least of all kinds",
+        "one vector of each layer",
         _MEAN,
         "exports a PEFT folder of type IA3",
         "Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",

@@ -336,6 +336,10 @@ def test_next_commands_fit_the_run(tmp_path: Path) -> None:
     commands = next_commands(a_result(), tmp_path)
     assert commands[0] == f"fedloom chat {tmp_path}"
     assert commands[1].endswith("--format merged")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
+    assert not any("merged" in command for command in next_commands(a_result(), tmp_path))
+    (tmp_path / "model").mkdir()  # its own weights were trained: a model already
+    assert next_commands(a_result(), tmp_path)[:2] == [f"fedloom chat {tmp_path}", f"fedloom report {tmp_path}"]
 
 
 # -------------------------------------------------------------------------------------------------------- result.json

@@ -41,3 +41,26 @@ def test_nothing_is_kept_for_backward_without_a_graph():
     nll = nll_chunked(torch.randn(3, 4), torch.tensor([0, 4, 2]), head)
     assert not nll.requires_grad
     assert nll_chunked(torch.randn(0, 4), torch.empty(0, dtype=torch.long), head).shape == (0,)
+
+
+@pytest.mark.parametrize("chunk_rows", [5, 20])  # made again in the backward pass, or kept
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_trained_head_gets_the_gradients_of_the_plain_one(dtype, bias, softcap, chunk_rows):
+    draw = torch.Generator().manual_seed(2)
+    hidden = torch.randn(13, 8, generator=draw, dtype=torch.float64).to(dtype)
+    labels = torch.randint(21, (13,), generator=draw)
+    weight = torch.randn(21, 8, generator=draw, dtype=torch.float64).to(dtype)
+    add = torch.randn(21, generator=draw, dtype=torch.float64).to(dtype) if bias else None
+    upstream = torch.rand(13, generator=draw)
+    out = []
+    for run in (nll_plain, lambda *a: nll_chunked(*a, chunk_rows=chunk_rows)):
+        leaves = [leaf.clone().requires_grad_() for leaf in (hidden, weight, add) if leaf is not None]
+        nll = run(leaves[0], labels, Head(leaves[1], leaves[2] if bias else None, 0.5, softcap))
+        grads = torch.autograd.grad((nll * upstream.to(nll.dtype)).sum(), leaves)
+        out.append([nll.detach(), *grads])
+    assert len(out[0]) == 3 + bias
+    for a, b in zip(*out, strict=True):
+        close = 1e-11 if dtype == torch.float64 else 3e-2
+        assert float((a.double() - b.double()).abs().max()) < close * float(a.double().abs().max())

@@ -52,6 +52,14 @@ def test_flops_of_the_builtin_model_are_about_those_of_torchs_counter(kind: str)
         assert ours == pytest.approx(counted(adapter, ids, labels), rel=within)
 
 
+def test_a_head_that_is_trained_costs_half_as_much_again() -> None:
+    base = random_base(hidden_size=32, num_layers=2, vocab_size=300, text=["a b c"], max_positions=64)
+    size = base.model.lm_head.weight.numel()
+    for make, times in ((full, 6), (last_layers, 4), (bottleneck, 4), (lora, 4)):
+        adapter = make(base.model)
+        assert training_flops(adapter, adapter.init(0)).per_target == times * size
+
+
 def test_an_adapter_high_in_the_model_needs_less_backward() -> None:
     base = random_base(hidden_size=32, num_layers=4, vocab_size=300, text=["a b c"], max_positions=64)
 

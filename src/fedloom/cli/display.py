@@ -322,7 +322,8 @@ def next_commands(result: Mapping[str, Any] | None, run: Path) -> list[str]:
         commands.append(f"fedloom chat {folder}")
     elif (run / "adapter").is_dir():
         commands.append(f"fedloom chat {folder}")
-        commands.append(f"fedloom export {folder} {shlex.quote(str(run) + '-merged')} --format merged")
+        if _can_merge(run / "adapter" / "adapter_config.json"):
+            commands.append(f"fedloom export {folder} {shlex.quote(str(run) + '-merged')} --format merged")
     commands.append(f"fedloom report {folder}")
     return commands
 
@@ -331,6 +332,14 @@ def loss_of(result: Mapping[str, Any]) -> str:
     """What the loss of a result is a mean of."""
     paired = any("preference_accuracy" in arm for arm in result["arms"].values())
     return "of the comparison, per pair" if paired else "nats per answer token"
+
+
+def _can_merge(config: Path) -> bool:
+    """Whether an adapter's folder is of a kind that can be added to the weights; what cannot be read may be."""
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("peft_type") in ("LORA", "IA3")
+    except (OSError, ValueError, AttributeError):
+        return True
 
 
 def print_result(result: Mapping[str, Any], run: Path, console: Console | None = None) -> None:

@@ -10,8 +10,10 @@ import pytest
 
 from fedloom.cli import main
 
+pytestmark = pytest.mark.slow
+
 SHORT = [
-    "dtype=float32", "threads=1", "max_length=160", "data.limit=60", "split.clients=3", "rounds=2", "local_steps=4",
+    "dtype=float32", "threads=1", "max_length=256", "data.limit=120", "split.clients=3", "rounds=3", "local_steps=4",
     "per_device_train_batch_size=4", "learning_rate=2e-3", "lora_target_modules=all-linear", "val_set_size=0.1",
     "test_set_size=0.2", "score=none", "eval_rounds=1",
 ]  # fmt: skip
@@ -40,7 +42,6 @@ def test_real_pairs_are_ranked_better_after_training(
     assert result["recipe"]["data"]["type"] == "preference" and result["recipe"]["dpo"]["beta"] == 0.1
     base, federated = result["arms"]["base"], result["arms"]["federated"]
     assert base["preference_accuracy"] == 0.5 and base["loss"] == pytest.approx(0.6931, abs=1e-4)
-    print(file, {arm: (one["preference_accuracy"], one["reward_margin"]) for arm, one in result["arms"].items()})
     lines = [json.loads(line) for line in Path("runs/r/rounds.jsonl").read_text().splitlines()]
     trained = [line["train_loss"] for line in lines if line["arm"] == "federated" and line["round"]]
     assert trained[-1] < 0.69 and federated["reward_margin"] > 0
@@ -59,9 +60,8 @@ def test_supervised_then_preference_tuning(
     model, pairs = real_path("models/stories260K"), real_path("data/preference/llamafactory_dpo_en_demo.json")
     Path("sft.yaml").write_text(f"model: {model}\ndata: {{path: {real_path('data/gsm8k/train.jsonl')}}}\n")
     Path("dpo.yaml").write_text(f"model: {model}\ndata: {{path: {pairs}}}\nstart_from: runs/sft\n")
-    before = told(["sft.yaml"], capsys)["arms"]["federated"]["loss"]
+    told(["sft.yaml"], capsys)
     after = told(["dpo.yaml"], capsys)
-    print(before, after["arms"]["federated"]["preference_accuracy"])
     assert after["arms"]["base"]["preference_accuracy"] == 0.5
     assert after["arms"]["federated"]["reward_margin"] > 0
     config = json.loads(Path("runs/dpo/adapter/adapter_config.json").read_text())

@@ -68,3 +68,33 @@ def test_all_answers_of_gsm8k_score_one_under_the_parser(real_path: RealPath, pa
         assert same_final_number(row, row["output"]) == 1.0
         assert same_final_number(row, f"So it is {gold}") == 1.0
         assert same_final_number(row, f"The answer is {final_number(gold) + 1}.") == 0.0  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", ["full", "last_layers", "bottleneck"])
+def test_weights_and_new_parts_of_a_real_model_are_trained_for_a_cohort_as_for_each_client(
+    kind: str, real_path: RealPath, tmp_path: Path
+) -> None:
+    from fedloom.adapters import bottleneck, full, last_layers
+
+    base = load_base(str(real_path("models/stories260K")), dtype="float32")
+    adapter = {"full": full, "last_layers": last_layers, "bottleneck": bottleneck}[kind](base.model)
+    ids = base.tokenizer(["Once upon a time there was a small dog.", "Lily went to the park with her red ball."])
+    rows = [torch.tensor([one[:10]]) for one in ids["input_ids"]]
+    batch = {name: torch.stack(rows) for name in ("input_ids", "labels")}
+    start = adapter.init(0)
+    draw = torch.Generator().manual_seed(0)
+    trees = [{k: x + 1e-3 * torch.randn(x.shape, generator=draw) for k, x in start.items()} for _ in rows]
+    leaves = {k: x.requires_grad_() for k, x in stack(trees).items()}
+    loss_C = adapter.loss(leaves, batch)
+    grads = torch.autograd.grad(loss_C.sum(), list(leaves.values()))
+    for c, tree in enumerate(trees):
+        own = {name: leaf[None].requires_grad_() for name, leaf in tree.items()}
+        loss = adapter.loss(own, {name: leaf[c : c + 1] for name, leaf in batch.items()})
+        assert loss.item() == pytest.approx(loss_C[c].item(), rel=1e-5)
+        for one, got in zip(torch.autograd.grad(loss.sum(), list(own.values())), grads, strict=True):
+            assert float((one[0] - got[c]).norm()) <= 1e-4 * float(one.norm()) + 1e-7
+    if kind != "bottleneck":
+        adapter.export(trees[0], tmp_path / "model")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+        with torch.no_grad(), adapter.bound({name: leaf[None] for name, leaf in trees[0].items()}) as tuned:
+            assert torch.equal(tuned(input_ids=rows[0]).logits, again(input_ids=rows[0]).logits)

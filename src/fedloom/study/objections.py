@@ -12,6 +12,7 @@ from fedloom.evaluate.tasks import TASKS
 from fedloom.evaluate.tasks.sets import SETS, names_tasks
 from fedloom.study.settings import (
     ADAPTER_DEFAULTS,
+    AGGREGATE_DEFAULTS,
     BEST_BY,
     CLIENT_OPTIM_DEFAULTS,
     COMPRESS_DEFAULTS,
@@ -380,11 +381,14 @@ def _factor_objections(recipe: Recipe) -> Iterator[Objection]:
             ("client.trainable", "aggregate.kind"),
             f"{client.trainable}, but {aggregate.kind} is for clients that train both factors: aggregate.kind: mean",
         )
-    if aggregate.norm_weighted is not None and aggregate.kind != "het_lora":
-        yield Objection(
-            ("aggregate.norm_weighted", "aggregate.kind"),
-            f"{yaml_value(aggregate.norm_weighted)} would have no effect: kind is {aggregate.kind}; het_lora has it",
-        )
+    for key, value in ((key, getattr(aggregate, key)) for row in AGGREGATE_DEFAULTS.values() for key in row):
+        if value is not None and key not in AGGREGATE_DEFAULTS.get(aggregate.kind, {}):
+            having = [name for name, row in AGGREGATE_DEFAULTS.items() if key in row]
+            yield Objection(
+                (f"aggregate.{key}", "aggregate.kind"),
+                f"{yaml_value(value)} would have no effect: kind is {aggregate.kind}; {_listed(having)} "
+                f"{'has' if len(having) == 1 else 'have'} it",
+            )
     if aggregate.kind == "het_lora" and aggregate.norm_weighted and aggregate.weighting == "uniform":
         yield Objection(
             ("aggregate.weighting", "aggregate.norm_weighted"),

@@ -35,6 +35,7 @@ from fedloom.study.objections import is_builtin, objections
 from fedloom.study.settings import (
     ADAPTER_DEFAULTS,
     ADAPTER_LEARNING_RATES,
+    AGGREGATE_DEFAULTS,
     CLIENT_OPTIM_DEFAULTS,
     COMPRESS_DEFAULTS,
     DEFAULT_CLIENTS,
@@ -210,8 +211,7 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
             settle(compress, settings)
     if any(kind in both_ways for kind in LOSSY):
         settle(compress, {"error_feedback": "top_k" in both_ways or "low_rank" in both_ways})
-    if filled["aggregate"].get("kind") == "het_lora":
-        settle(filled["aggregate"], {"norm_weighted": True})
+    settle(filled["aggregate"], row(AGGREGATE_DEFAULTS, filled["aggregate"].get("kind", "mean")))
     if filled["aggregate"].get("weighting") == "loss":
         settle(filled["aggregate"], {"fair_q": 1.0})
     if server.get("kind") == "optimize":

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         prompt_tuning,
         seed_space,
     )
-    from fedloom.aggregates import fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
+    from fedloom.aggregates import fed_exp, fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
     from fedloom.clients import (
         alternate,
         fednova_client,
@@ -76,6 +76,7 @@ _HOMES = {
         "seed_space",
     ),
     "fedloom.aggregates": (
+        "fed_exp",
         "fedex_lora",
         "fednova",
         "flex_lora",
@@ -155,6 +156,7 @@ __all__ = [
     "fed_adagrad",
     "fed_adam",
     "fed_avgm",
+    "fed_exp",
     "fed_yogi",
     "federate",
     "fedex_lora",

@@ -1,5 +1,6 @@
 """One file per rule for what the sum of uploads means."""
 
+from fedloom.aggregates.fed_exp import fed_exp
 from fedloom.aggregates.fedex_lora import fedex_lora
 from fedloom.aggregates.fednova import fednova
 from fedloom.aggregates.flex_lora import flex_lora
@@ -11,6 +12,7 @@ from fedloom.aggregates.scaffold import scaffold
 
 __all__ = [
     "add_uploads",
+    "fed_exp",
     "fedex_lora",
     "fednova",
     "flex_lora",

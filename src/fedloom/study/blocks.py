@@ -333,12 +333,17 @@ class DpoRecipe(Block):
 class AggregateRecipe(Block):
     """What the sum of uploads means."""
 
-    kind: Literal["mean", "fednova", "flora", "flex_lora", "fedex_lora", "het_lora"] = Field(
+    kind: Literal["mean", "fednova", "fedexp", "flora", "flex_lora", "fedex_lora", "het_lora"] = Field(
         "mean", description="The rule; docs/papers.md says what each makes of LoRA's factors."
     )
     norm_weighted: bool | None = Field(
         None,
         description="Weigh clients by the norm of what they learnt, not by rows. Default true. Only for het_lora.",
+    )
+    exp_epsilon: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Keeps the server's step small where clients' changes nearly cancel, in units of the squared norm "
+        "of their mean. Default 1e-3. Only for fedexp.",
     )
     weighting: Literal["data", "uniform", "loss"] = Field(
         "data",

@@ -25,7 +25,7 @@ from fedloom.adapters import (
     seed_space,
 )
 from fedloom.adapters import start as starting
-from fedloom.aggregates import fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
+from fedloom.aggregates import fed_exp, fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
 from fedloom.clients import (
     alternate,
     error_feedback,
@@ -114,6 +114,7 @@ SERVERS: Mapping[str, Callable[[ServerRecipe], ServerUpdate]] = {
 AGGREGATES: Mapping[str, Callable[[Recipe], Aggregate]] = {
     "mean": lambda r: mean(),
     "fednova": lambda r: fednova(),
+    "fedexp": lambda r: fed_exp(epsilon=_given(r.aggregate.exp_epsilon)),
     "flora": lambda r: flora(scale_of(r)),
     "flex_lora": lambda r: flex_lora(),
     "fedex_lora": lambda r: fedex_lora(scale_of(r)),

@@ -94,6 +94,14 @@ METHODS_EXPLAINED: Mapping[str, Explained] = {
         "Wang et al. 2020, Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization, "
         "Eq. 12",
     ),
+    "fedexp": Explained(
+        _LOCAL,
+        "up: the change; down: the parameters",
+        "a step along the mean of the changes, at least as long as it, and longer where they disagree: half of their "
+        "mean squared length over that of the mean",
+        _NOTHING,
+        "Jhunjhunwala et al. 2023, FedExP: Speeding Up Federated Averaging via Extrapolation, Algorithm 1",
+    ),
     "qfedavg": Explained(
         f"its loss at the round's start, then {_LOCAL}",
         "up: the change and one number, that loss; down: the parameters",

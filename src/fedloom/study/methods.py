@@ -17,6 +17,7 @@ Method = Literal[
     "diloco",
     "scaffold",
     "fednova",
+    "fedexp",
     "qfedavg",
     "fedbuff",
     "ffa_lora",
@@ -71,6 +72,11 @@ METHODS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "server": {"kind": "replace"},
     },
     "fednova": {"client": {"kind": "sgd"}, "aggregate": {"kind": "fednova"}, "server": {"kind": "replace"}},
+    "fedexp": {
+        "client": {"kind": "sgd"},
+        "aggregate": {"kind": "fedexp", "weighting": "uniform"},
+        "server": {"kind": "replace"},
+    },
     "qfedavg": {
         "client": {"kind": "sgd", "optim": "sgd"},
         "aggregate": {"kind": "mean", "weighting": "loss"},
@@ -132,6 +138,7 @@ METHOD_LINES: Mapping[str, str] = {
     "diloco": "Nesterov momentum at the server, AdamW that remembers at the clients (Douillard et al. 2023)",
     "scaffold": "control variates against the drift of skewed clients, twice the bytes (Karimireddy et al. 2020)",
     "fednova": "updates are divided by the local work behind them, for ragged steps (Wang et al. 2020)",
+    "fedexp": "the server steps further where clients' changes disagree, no rate to tune (Jhunjhunwala et al. 2023)",
     "qfedavg": "clients with a higher loss weigh more, for fairness (Li et al. 2020, q-FFL)",
     "fedbuff": "asynchronous: nobody waits for the slowest, late uploads count less (Nguyen et al. 2022)",
     "ffa_lora": "A stays at its first values, B is averaged: exact, half the bytes (Sun et al. 2024)",

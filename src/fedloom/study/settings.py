@@ -119,9 +119,12 @@ SERVER_OPTIM_DEFAULTS: Mapping[str, Mapping[str, float]] = {
 # Client optimisers whose steps are in proportion to gradients, so that moves over the learning rate stand for one.
 LINEAR_OPTIMS = ("sgd", "momentum")
 # The settings each rule of aggregation has, with what they are when nothing is said.
-AGGREGATE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"het_lora": {"norm_weighted": True}}
+AGGREGATE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "fedexp": {"exp_epsilon": 1e-3},
+    "het_lora": {"norm_weighted": True},
+}
 # Rules that take a sum of updates, whatever the update is of: they need no LoRA factors, and not both of them.
-SUMS = ("mean", "fednova")
+SUMS = ("mean", "fednova", "fedexp")
 
 # What a checkpoint may be the best by, measured on the validation rows, and whether more is better. A benchmark task's
 # metric (TASK/METRIC) may stand in their place; there more is better.

@@ -600,7 +600,7 @@ class _Runner:
 
     def _slowest(self, report: RoundReport) -> list[Any] | None:
         """[client, its time over the median's]; only where each client is timed by itself."""
-        if self.recipe.runtime.kind == "batched" or len(report.clients) < 2:
+        if self.recipe.runtime.kind in ("batched", "buffered") or len(report.clients) < 2:
             return None
         seconds = sorted((row["seconds"], client) for client, row in report.clients.items())
         median = seconds[len(seconds) // 2][0]

@@ -205,3 +205,29 @@ def test_the_clock_is_in_the_state():
     state, _ = run(fedavg(sgd_client(sgd(ETA))), 1)
     assert clock_of(state) == float(state.personal[CLOCK]["now"]) > 0
     assert clock_of(initial_state(fedavg(), small_lora(), 3)) is None
+
+
+def timed(**seconds):
+    """Durations of whole visits, whatever the number of steps."""
+    return {client.id: seconds[client.id] / len(client.batches) for client in clients(len(seconds))}
+
+
+def test_a_client_is_sent_a_rounds_parameters_once():
+    made = runtime(size=3, at_once=3, seconds=timed(c0=0.1, c1=5.0, c2=4.0))
+    state, (report,) = run(fedavg(sgd_client(sgd(ETA))), 1, made, cohort=clients(3))
+    assert set(report.clients) == {"c0", "c1", "c2"}
+    assert clock_of(state) == 5.0
+
+
+def test_what_stays_with_a_client_is_its_own_when_it_starts_again_at_once():
+    algorithm, adapter, cohort = ALGORITHMS["personal"](), small_lora(), clients(3)
+    made = runtime(size=2, at_once=3, seconds=timed(c0=1.0, c1=1.1, c2=1.5))
+    first = initial_state(algorithm, adapter, 3)
+    second, _ = run(algorithm, 1, made, cohort=cohort)
+    last, _ = run(algorithm, 2, made, second, cohort=cohort)  # c2 arrives at 1.5, starts again, and arrives at 3.0
+    once, _ = run(algorithm, 1, sequential(), first, cohort=cohort[2:])
+    mine = dataclasses.replace(second, personal={"c2": once.personal["c2"]})
+    twice, _ = run(algorithm, 1, sequential(), mine, cohort=cohort[2:])
+    assert "c2" not in second.personal
+    assert gap(last.personal["c2"], twice.personal["c2"]) < 1e-12
+    assert gap(once.personal["c2"], twice.personal["c2"]) > 1e-4

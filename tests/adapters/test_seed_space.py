@@ -123,7 +123,8 @@ def test_only_what_changed_is_worked_through() -> None:
     assert adapter.go(b) == 0, "a loss leaves the weights where they are"
 
 
-def test_a_place_too_far_away_is_refused_and_the_weights_stay() -> None:
+def test_a_place_too_far_away_is_refused_and_the_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CPU_NUMBERS", 997)
     adapter = seed_space(llama(dtype=torch.float32), num_seeds=8, seed=1)
     near = torch.full((8,), 1e-3)
     adapter.go(near)
@@ -131,6 +132,11 @@ def test_a_place_too_far_away_is_refused_and_the_weights_stay() -> None:
     with pytest.raises(RunError, match="four times the largest"):
         adapter.go(torch.full((8,), 50.0))
     assert equal(weights(adapter), before)
+    far = near.clone()
+    far[0] = 1.3  # too far for the norms' weights, and not for the embeddings, which are moved before them
+    with pytest.raises(RunError, match="four times the largest"):
+        adapter.go(far)
+    assert equal(weights(adapter), before), "what had been moved was not moved back"
     with pytest.raises(RunError, match="not finite"):
         adapter.go(torch.full((8,), math.nan))
     assert adapter.go(near) == 0

@@ -70,7 +70,7 @@ class Setting:
 def leaves(state: State) -> dict[str, torch.Tensor]:
     """All tensors of a state, copied."""
     parts = {"params": state.params, "server": state.server, "personal": dict(state.personal), "base": state.base}
-    measured = "/metric/seconds"  # of what is still under way in an asynchronous round
+    measured = "metric~1seconds"  # of what is still under way in an asynchronous round
     return {name: leaf.clone() for name, leaf in flatten(parts).items() if not name.endswith(measured)}
 
 

@@ -205,6 +205,9 @@ def on_built_in(values: Mapping[str, Any]) -> dict[str, Any]:
     if values["data"].get("type", "auto") != "auto":
         own["type"] = values["data"]["type"]
     changed = {"model": "builtin", "data": None, "split": {"kind": "quantity_skew", "alpha": 1.0, "clients": 3}}
+    own_rate = METHODS[values["method"]].get("client", {}).get("learning_rate")
+    if own_rate is not None:  # steps without gradients are far smaller than those that suit all others
+        changed["client"] = {"learning_rate": own_rate}
     return {**merged(values, changed), "data": {**own, "val_set_size": 0}}
 
 

@@ -68,7 +68,7 @@ def test_help_is_quick_and_names_every_command() -> None:
     assert min(float(done.stdout.split()[-1]) for done in runs) < 0.3
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
     commands = ("run", "demo", "validate", "plan", "preview", "ls", "cp", "cat", "init", "eval", "chat", "generate",
-                "export", "report", "watch", "env", "schema", "compare", "cache")  # fmt: skip
+                "export", "report", "watch", "env", "schema", "compare", "cache", "explain")  # fmt: skip
     listed = done.stdout.partition("Commands:")[2].split("\n")
     assert sorted(line.split()[0] for line in listed if line.strip()) == sorted(commands)
     assert not any("..." in line for line in listed), "a command's line is too long for a terminal of 80 columns"

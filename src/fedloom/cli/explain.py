@@ -29,7 +29,7 @@ def explain(
     ] = True,
     output: FormatOption = OutputFormat.text,
 ) -> None:
-    """What a method computes on each side, sends and keeps; its paper, keys and bytes."""
+    """What a method computes, sends and keeps; its paper."""
     from fedloom.study.explain import entry, known, message_sizes
 
     if name is None:

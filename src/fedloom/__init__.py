@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         prefix_tuning,
         prompt_tuning,
         seed_space,
+        with_recompute,
     )
     from fedloom.aggregates import fed_exp, fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
     from fedloom.clients import (
@@ -74,6 +75,7 @@ _HOMES = {
         "prefix_tuning",
         "prompt_tuning",
         "seed_space",
+        "with_recompute",
     ),
     "fedloom.aggregates": (
         "fed_exp",
@@ -198,6 +200,7 @@ __all__ = [
     "with_control",
     "with_dropout",
     "with_ranks",
+    "with_recompute",
     "yogi",
     "zo_client",
 ]

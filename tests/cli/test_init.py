@@ -250,7 +250,8 @@ def test_from_trl(here: Path) -> None:
     )
     assert recipe.data.train_on_inputs is False
     assert {key for key, _, _ in found.dropped} == {
-        "num_train_epochs", "packing", "gradient_checkpointing", "use_peft", "optim"}  # fmt: skip
+        "num_train_epochs", "packing", "use_peft", "optim"}  # fmt: skip
+    assert recipe.runtime.gradient_checkpointing is True
 
 
 def test_from_llama_factory_with_data_and_model_of_ones_own(

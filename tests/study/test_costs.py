@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedloom.adapters import bottleneck, full, last_layers, lora, p_tuning, prefix_tuning, prompt_tuning
+from fedloom.adapters import bottleneck, full, last_layers, lora, p_tuning, prefix_tuning, prompt_tuning, with_recompute
 from fedloom.data.batches import Batches
 from fedloom.data.tokens import Example
 from fedloom.models.load import load_base, random_base
@@ -50,6 +50,33 @@ def test_flops_of_the_builtin_model_are_about_those_of_torchs_counter(kind: str)
         labels[:, : tokens - answer] = -100
         ours = flops.of(tokens=rows * tokens, targets=rows * answer, pairs=rows * tokens**2, rows=rows, steps=1)
         assert ours == pytest.approx(counted(adapter, ids, labels), rel=within)
+
+
+AGAIN = {
+    "all-linear": (0.05, lambda model: lora(model, rank=8, targets="all-linear")),
+    "auto": (0.02, lambda model: lora(model, rank=8, targets="auto")),
+    "full": (0.02, full),
+    "last_layers": (0.02, lambda model: last_layers(model, layers=2)),
+    "prefix_tuning": (0.05, lambda model: prefix_tuning(model, num_virtual_tokens=20)),
+}
+
+
+@pytest.mark.parametrize("kind", AGAIN)
+def test_blocks_that_run_again_are_counted(kind: str) -> None:
+    within, make = AGAIN[kind]
+    ids = torch.randint(5, 800, (3, 200), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, :50] = -100
+    found = {}
+    for again in (False, True):
+        base = load_base("builtin", dtype="float32")
+        base.model.set_attn_implementation("eager")
+        adapter = make(base.model)
+        adapter = with_recompute(adapter) if again else adapter
+        flops = training_flops(adapter, adapter.init(0))
+        found[again] = flops.of(tokens=600, targets=450, pairs=3 * 200**2, rows=3, steps=1)
+        assert found[again] == pytest.approx(counted(adapter, ids, labels), rel=within)
+    assert 1.1 < found[True] / found[False] < 1.5
 
 
 def test_a_head_that_is_trained_costs_half_as_much_again() -> None:

@@ -10,6 +10,7 @@ from fedloom.adapters.lora import Lora, lora
 from fedloom.adapters.p_tuning import PTuning, p_tuning
 from fedloom.adapters.prefix_tuning import PrefixTuning, prefix_tuning
 from fedloom.adapters.prompt_tuning import PromptTuning, prompt_tuning
+from fedloom.adapters.recompute import with_recompute
 from fedloom.adapters.seed_space import SeedSpace, seed_space
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "prefix_tuning",
     "prompt_tuning",
     "seed_space",
+    "with_recompute",
 ]

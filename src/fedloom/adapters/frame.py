@@ -20,6 +20,7 @@ from fedloom.types import FIXED, Batch, Client, Tree
 SEED = "seed"  # optional leaf [C] of a batch: with it dropout is drawn, without it there is none
 
 Bind = Callable[[Tree, Tensor | None], AbstractContextManager[None]]  # tree_C, seed_C -> the tree is on while it lasts
+Hold = Callable[[], AbstractContextManager[None]]  # the same, of one tree; may be entered again
 
 
 class Frame:
@@ -30,23 +31,49 @@ class Frame:
     """
 
     kind = "this adapter"  # as a recipe has it
+    in_front = False  # True: what it adds comes before the decoder's blocks, and nothing of it is inside them
 
     def __init__(self, model: nn.Module, bind: Bind) -> None:
         self.model = model.requires_grad_(False).eval()
         self.causal = CausalLM(model)
         self._put = bind
-        self._busy = False
+        self._on: Hold | None = None
+        self.recomputes = False  # see `adapters.recompute`
 
     @contextlib.contextmanager
     def bind(self, tree_C: Tree, seed_C: Tensor | None = None) -> Iterator[None]:
-        if self._busy:
+        with self._binding(self.hold(tree_C, seed_C)):
+            yield
+
+    @contextlib.contextmanager
+    def _binding(self, hold: Hold) -> Iterator[None]:
+        if self._on is not None:
             raise RuntimeError("a tree is bound to this adapter already")
-        self._busy = True
+        self._on = hold
         try:
-            with self._put(tree_C, seed_C):
+            with hold():
                 yield
         finally:
-            self._busy = False
+            self._on = None
+
+    def hold(self, tree_C: Tree, seed_C: Tensor | None) -> Hold:
+        """How to put this tree on, as often as it is called: a block that runs again backward needs it again."""
+        return lambda: self._put(tree_C, seed_C)
+
+    def contexts_of_a_second_run(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """What surrounds a block's first run, and its second one, in which the tree that is on now is on again."""
+        again = contextlib.nullcontext() if self.in_front else self._bound_again(self._on)
+        return contextlib.nullcontext(), again
+
+    @contextlib.contextmanager
+    def _bound_again(self, hold: Hold | None) -> Iterator[None]:
+        if hold is self._on:  # it had nothing on, or backward runs while its tree is still on
+            yield
+            return
+        if hold is None:
+            raise RuntimeError("a block without a tree runs again for its gradients while one is bound")
+        with self._binding(hold):
+            yield
 
     def loss(self, tree_C: Tree, batch_CBT: Batch) -> Tensor:
         """loss_C: mean over each client's answer tokens, in nats. A client without any has loss 0."""

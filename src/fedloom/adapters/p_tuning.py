@@ -84,6 +84,7 @@ class PTuning(Frame):
     """The adapter; see `p_tuning`."""
 
     kind = "p_tuning"
+    in_front = True
 
     def __init__(
         self, model: nn.Module, number: int, kind: Encoder, hidden: int | None, layers: int, base_name: str

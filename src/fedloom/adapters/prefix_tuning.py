@@ -43,6 +43,7 @@ class PrefixTuning(Frame):
     """The adapter; see `prefix_tuning`."""
 
     kind = "prefix_tuning"
+    in_front = True
 
     def __init__(self, model: nn.Module, number: int, base_name: str) -> None:
         self.number, self.base_name = number, base_name

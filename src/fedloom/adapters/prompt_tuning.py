@@ -48,6 +48,7 @@ class PromptTuning(Frame):
     """The adapter; see `prompt_tuning`."""
 
     kind = "prompt_tuning"
+    in_front = True
 
     def __init__(self, model: nn.Module, number: int, init_ids: Sequence[int] | None, base_name: str) -> None:
         self.number, self.init_ids, self.base_name = number, init_ids, base_name

@@ -11,7 +11,7 @@ Shape suffixes: C clients.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedloom.adapters.frame import Frame, adapter_dtype, check_tree
+from fedloom.adapters.frame import Frame, Hold, adapter_dtype, check_tree
 from fedloom.errors import UserError
 from fedloom.models.load import load_base
 from fedloom.ops.per_client import per_client_weight
@@ -52,12 +52,15 @@ class Weights:
         for name, leaf in self.own.items():
             leaf.data = tree[name].detach().to(leaf.device, leaf.dtype)
 
+    def placed(self, tree_C: Tree) -> dict[str, Tensor]:
+        """The tree's weights as they are put where the model has its own."""
+        return {name: _placed(tree_C[name], leaf.dtype) for name, leaf in self.own.items()}
+
     @contextlib.contextmanager
-    def on(self, tree_C: Tree) -> Iterator[None]:
-        """Within it the model has the tree's weights."""
+    def on(self, placed: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within it the model has these weights."""
         try:
-            for name, leaf in self.own.items():
-                weight = _placed(tree_C[name], leaf.dtype)
+            for name, weight in placed.items():
                 for module, attribute in self.places[name]:
                     module._parameters[attribute] = weight  # type: ignore[assignment]  # as torch's functional_call does
             yield
@@ -129,4 +132,9 @@ class OwnWeights(Frame):
         return tree
 
     def _put_on(self, tree_C: Tree, seed_C: Tensor | None) -> AbstractContextManager[None]:
-        return self.weights.on(tree_C)
+        return self.weights.on(self.weights.placed(tree_C))
+
+    def hold(self, tree_C: Tree, seed_C: Tensor | None) -> Hold:
+        """Cast once, however often they are put on."""
+        placed = self.weights.placed(tree_C)
+        return lambda: self.weights.on(placed)

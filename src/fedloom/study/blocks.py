@@ -436,6 +436,11 @@ class RuntimeRecipe(Block):
         "client.",
     )
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="CPU threads of PyTorch.")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep no activations of the decoder's blocks in training, but run each block again in the backward "
+        "pass: much less memory, one more forward pass, the same numbers.",
+    )
     client_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Share of a round's clients that fail, simulated."
     )

@@ -19,6 +19,10 @@ Virtual tokens stand before each row: as embeddings they are tokens like any oth
 values only P grows; nothing of them is a matrix that tokens pass, so N is 0 but for the encoder that makes them, which
 works once a step.
 
+Where blocks run again in the backward pass (`fedloom.adapters.recompute`), that is one more forward pass through them:
+2 F' T, 2 N T and 4 L' D P, of the matrices and attentions that do run again (a block stops where nothing of the rest
+is needed; that of the adapter's last product is counted all the same).
+
 Without gradients (MeZO, FedKSeed) a step is two forward passes: 4 F T, 4 N T, 4 H M and 8 L D P. Making the directions
 is no matrix product and not counted.
 
@@ -109,20 +113,23 @@ def training_flops(adapter: Adapter, params: Tree, *, gradients: bool = True) ->
     model: Any = adapter.model
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     whole = getattr(getattr(adapter, "causal", None), "head", None) is None  # then it works on every position
-    forward = backward = 0
+    forward = backward = again = 0
     head_is_trained = False
     attention: dict[str, bool] = {}  # of each attention: whether its last matrix, and so its mixture, has a gradient
+    mixed_again: dict[str, bool] = {}  # of each attention: whether it runs again
     names = {module: name for name, module in model.named_modules()}
-    for layer, (passes, trained) in _matrices(adapter, params):
+    for layer, (passes, trained, runs_again) in _matrices(adapter, params, gradients=gradients):
         if layer is head:
             head_is_trained = trained
         else:
             forward += layer.weight.numel()
             backward += layer.weight.numel() * (passes + trained)
+            again += layer.weight.numel() * runs_again
             parts = names[layer].split(".")
             within = [i for i, part in enumerate(parts) if "attn" in part or "attention" in part]
             if within:
                 attention[".".join(parts[: within[0] + 1])] = passes
+                mixed_again[".".join(parts[: within[0] + 1])] = runs_again
     own_names = {name for name, _ in model.named_parameters()}
     added = {name: leaf for name, leaf in params.items() if name not in own_names}
     added = {name: leaf for name, leaf in added.items() if name.partition("/")[2] not in params}  # control variates
@@ -136,6 +143,7 @@ def training_flops(adapter: Adapter, params: Tree, *, gradients: bool = True) ->
     size = getattr(config, "head_dim", None) or (int(getattr(config, "hidden_size", 0)) // heads if heads else 0)
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
     per_token = 2.0 * forward + 2.0 * backward + (6.0 * own if virtual is None else 0.0)
+    per_token += 2.0 * again + (2.0 * own if again and virtual is None else 0.0)
     encoder = 0.0 if virtual is None or in_cache else 6.0 * number * _encoder_elements(params)
     per_target = (6.0 if head_is_trained else 4.0) * head_size
     if not gradients:
@@ -145,7 +153,8 @@ def training_flops(adapter: Adapter, params: Tree, *, gradients: bool = True) ->
     if whole:
         per_token, per_target = per_token + per_target, 0.0
     with_graph = sum(attention.values()) / len(attention) if attention else 1.0
-    pair = (4.0 + 8.0 * with_graph if gradients else 8.0) * layers * heads * int(size)
+    twice = sum(mixed_again.values()) / len(mixed_again) if mixed_again else float(bool(again))
+    pair = (4.0 + 8.0 * with_graph + 4.0 * twice if gradients else 8.0) * layers * heads * int(size)
     if hasattr(adapter, "rewards"):  # the reference's pass, once for each loss
         losses = 1 if gradients else 2
         per_token, per_target = per_token + 2.0 * losses * forward, per_target + 2.0 * losses * head_size
@@ -158,14 +167,21 @@ def _encoder_elements(params: Tree) -> int:
     return sum(leaf.numel() for name, leaf in params.items() if leaf.ndim == 2 and "embedding" not in name)
 
 
-def _matrices(adapter: Adapter, params: Tree) -> Iterator[tuple[Any, tuple[bool, bool]]]:
-    """The linear layers that a forward pass uses: does a gradient go back through each, is its weight trained."""
+def _matrices(adapter: Adapter, params: Tree, *, gradients: bool) -> Iterator[tuple[Any, tuple[bool, bool, bool]]]:
+    """The linear layers that a forward pass uses.
+
+    Of each: does a gradient go back through it, is its weight trained, does it run again in the backward pass.
+    """
     seen: dict[nn.Module, tuple[bool, bool]] = {}
+    runs: dict[nn.Module, int] = {}
 
     def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
         before, weight = seen.get(layer, (False, False)), layer.weight
         assert isinstance(weight, Tensor)
         seen[layer] = (before[0] or bool(args[0].requires_grad), bool(weight.requires_grad))
+
+    def count(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        runs[layer] = runs.get(layer, 0) + 1
 
     leaves = {name: leaf[None].detach() for name, leaf in params.items()}
     leaves = {name: leaf.requires_grad_() if leaf.is_floating_point() else leaf for name, leaf in leaves.items()}
@@ -175,11 +191,18 @@ def _matrices(adapter: Adapter, params: Tree) -> Iterator[tuple[Any, tuple[bool,
     with contextlib.ExitStack() as stack:
         for layer in adapter.model.modules():
             if isinstance(layer, nn.Linear | Conv1D):
-                handle = layer.register_forward_pre_hook(look)
-                stack.callback(handle.remove)
+                # before an adapter's own hook: a second run may end in that one, after the product was made
+                handles = layer.register_forward_pre_hook(look), layer.register_forward_hook(count, prepend=True)
+                for handle in handles:
+                    stack.callback(handle.remove)
         with torch.enable_grad(), adapter.bound(leaves) as model:
-            model(input_ids=probe, use_cache=False)
-    yield from seen.items()
+            out = model(input_ids=probe, use_cache=False).logits
+        once = dict(runs)
+        if gradients and getattr(adapter, "recomputes", False):
+            free = [leaf for leaf in leaves.values() if leaf.requires_grad]
+            torch.autograd.grad(out.float().sum(), free, allow_unused=True)
+    for layer, (passes, trained) in seen.items():
+        yield layer, (passes, trained, runs[layer] > once[layer])
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ _COMMON: Mapping[str, str] = {
     "lora_dropout": "adapter.lora_dropout",
     "learning_rate": "client.learning_rate",
     "gradient_accumulation_steps": "client.gradient_accumulation_steps",
+    "gradient_checkpointing": "runtime.gradient_checkpointing",
     "max_grad_norm": "client.max_grad_norm",
     "weight_decay": "client.weight_decay",
     "adam_beta1": "client.adam_beta1",
@@ -129,7 +130,6 @@ _REASONS: Mapping[str, str] = {
     "num_train_epochs": "a federated run has rounds of local steps",
     "num_epochs": "a federated run has rounds of local steps",
     "max_steps": "a federated run has rounds of local steps",
-    "gradient_checkpointing": "not here: only the adapter is trained, and batches are short",
     "packing": "not here: rows are sorted by length instead",
     "sample_packing": "not here: rows are sorted by length instead",
     "eval_sample_packing": "not here: rows are sorted by length instead",
@@ -329,7 +329,7 @@ def _write(tool: str, path: Path, ours: Mapping[str, Any]) -> str:
         if key in values:
             note = "    # not in the file: put yours here" if key in missing else ""
             lines.append(f"{key}: {yaml_value(values[key])}{note}")
-    for block in ("data", "split", "adapter", "client", "evaluate"):
+    for block in ("data", "split", "adapter", "client", "runtime", "evaluate"):
         leaves = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{block}.")}
         if block == "split":
             lines += [

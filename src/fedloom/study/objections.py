@@ -226,6 +226,12 @@ def _runtime_objections(recipe: Recipe) -> Iterator[Objection]:
                 f"{', which takes one client at a time' if key == 'clients_per_batch' else ''}; {_listed(having)} "
                 f"{'has' if len(having) == 1 else 'have'} it",
             )
+    if runtime.gradient_checkpointing and recipe.client.kind in ZEROTH_DEFAULTS:
+        yield Objection(
+            ("runtime.gradient_checkpointing", "client.kind"),
+            f"true would have no effect: client.kind is {recipe.client.kind}, which has no backward pass and keeps no "
+            "activations",
+        )
     if recipe.method == "fedbuff" and runtime.kind != "buffered":
         yield Objection(
             ("runtime.kind", "method"), f"{runtime.kind}, but fedbuff is asynchronous: buffered, or method: fedavg"

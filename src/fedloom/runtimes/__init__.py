@@ -5,5 +5,6 @@ from fedloom.runtimes.dropout import with_dropout
 from fedloom.runtimes.fedbuff import buffered
 from fedloom.runtimes.messages import ClientSite, loopback
 from fedloom.runtimes.ranks import with_ranks
+from fedloom.runtimes.room import Room
 
-__all__ = ["ClientSite", "batched", "buffered", "loopback", "sequential", "with_dropout", "with_ranks"]
+__all__ = ["ClientSite", "Room", "batched", "buffered", "loopback", "sequential", "with_dropout", "with_ranks"]

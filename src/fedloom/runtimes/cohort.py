@@ -6,7 +6,7 @@ Shape suffixes: C clients, B examples per client, T tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from fedloom.errors import FedloomError, RunError
 from fedloom.ops.names import TOLD, apart
 from fedloom.runtimes import payload as sides
+from fedloom.runtimes.room import OUT_OF_MEMORY, Room, is_out_of_memory, let_go
 from fedloom.seeds import seed_of
 from fedloom.tree import client_of, prefix, stack, write_prefix
 from fedloom.types import (
@@ -41,14 +42,15 @@ def sequential() -> Runtime:
     return batched(1)
 
 
-def batched(clients_per_batch: int) -> Runtime:
+def batched(clients_per_batch: int | Room) -> Runtime:
     """At most so many clients at a time, those with the most steps first, so that the active ones are a prefix.
 
-    Memory does not grow with the cohort: summands are folded as blocks finish.
+    Memory does not grow with the cohort: summands are folded as blocks finish. Where it does not hold so many clients,
+    half of them are tried, and no more than that from then on; which clients go together changes no result.
     """
+    room = clients_per_batch if isinstance(clients_per_batch, Room) else Room(clients_per_batch)
 
     def train(algorithm: Algorithm, adapter: Adapter, state: State, cohort: Sequence[Client]) -> Trained:
-        width = clients_per_batch if algorithm.client.cohort_axis else 1
         ids = tuple(client.id for client in cohort)
         total: Upload | None = None
         personal: dict[str, Tree] = {}
@@ -56,12 +58,13 @@ def batched(clients_per_batch: int) -> Runtime:
         failed: dict[str, str] = {}
         broadcast = sides.broadcast_payload(algorithm, state)
         start = replace(state, params=sides.broadcast_received(algorithm, broadcast, Site(state.seed, state.round, "")))
-        for block in blocks(cohort, width):
-            sites = [Site(state.seed, state.round, c.id, ids, max(1, len(c.batches))) for c in block]
-            try:
-                updates = train_block(algorithm, adapter, start, block, sites)
-            except FedloomError as error:
-                failed.update({client.id: error.message for client in block})
+
+        def site_of(client: Client) -> Site:
+            return Site(state.seed, state.round, client.id, ids, max(1, len(client.batches)))
+
+        for block, sites, updates in trained_blocks(algorithm, adapter, start, cohort, room, site_of):
+            if isinstance(updates, FedloomError):
+                failed.update({client.id: updates.message for client in block})
                 continue
             for client, site, (delta, own, metrics) in zip(block, sites, updates, strict=True):
                 try:
@@ -88,7 +91,7 @@ def batched(clients_per_batch: int) -> Runtime:
         adapter.sync(state.base)
         found: dict[str, Metrics] = {}
         # where an update needs C == 1, so do clients with models of their own
-        width = clients_per_batch if algorithm.client.cohort_axis or not state.personal else 1
+        width = room.width if algorithm.client.cohort_axis or not state.personal else 1
         for start in range(0, len(clients), width):
             block = clients[start : start + width]
             trees = [client_model(algorithm, adapter, state, client) for client in block]
@@ -108,22 +111,69 @@ def client_model(algorithm: Algorithm, adapter: Adapter, state: State, client: C
     return algorithm.client.model(broadcast, own)
 
 
-def blocks(cohort: Sequence[Client], width: int) -> list[list[Client]]:
-    """Clients with the most local steps first, cut into blocks; ties keep the cohort's order."""
-    order = sorted(cohort, key=lambda client: -len(client.batches))
-    return [order[start : start + width] for start in range(0, len(order), width)]
+Updates = list[tuple[Tree, Tree, Metrics | RunError]]  # delta, personal state and metrics of each client of a block
+
+
+def trained_blocks(
+    algorithm: Algorithm,
+    adapter: Adapter,
+    state: State,
+    cohort: Sequence[Client],
+    room: Room,
+    site_of: Callable[[Client], Site],
+) -> Iterator[tuple[list[Client], list[Site], Updates | FedloomError]]:
+    """The cohort's local work, block by block, or why a block has failed.
+
+    Clients with the most local steps come first; ties keep the cohort's order. A block that does not fit in memory is
+    tried again in halves.
+    """
+    left = sorted(cohort, key=lambda client: -len(client.batches))
+    while left:
+        block = left[: room.width if algorithm.client.cohort_axis else 1]
+        sites = [site_of(client) for client in block]
+        updates: Updates | FedloomError
+        try:
+            updates = train_block(algorithm, adapter, state, block, sites)
+        except FedloomError as error:
+            if error.code == OUT_OF_MEMORY and len(block) > 1:
+                room.halve(len(block))
+                continue
+            updates = error
+        left = left[len(block) :]
+        yield block, sites, updates
 
 
 def train_block(
     algorithm: Algorithm, adapter: Adapter, state: State, block: Sequence[Client], sites: Sequence[Site]
-) -> list[tuple[Tree, Tree, Metrics | RunError]]:
+) -> Updates:
     """Local work of one block: delta, personal state and metrics of each client, in the block's order.
 
     A client whose loss was not finite has the reason in place of its metrics; the others of its block are not touched.
 
     Raises:
-        RunError: a client of the block has no batch.
+        RunError: a client of the block has no batch, or the block does not fit in memory (`OUT_OF_MEMORY`).
     """
+    try:
+        return _train_block(algorithm, adapter, state, block, sites)
+    except (RuntimeError, MemoryError) as error:
+        # weights that were being moved in place are nowhere now: that ends the run
+        if not is_out_of_memory(error) or getattr(adapter, "in_place", False):
+            raise
+    let_go()  # here the exception is gone, and with it all that its frames held
+    if len(block) > 1:
+        raise RunError(f"out of memory with {len(block)} clients in one pass", code=OUT_OF_MEMORY)
+    ways = [] if getattr(adapter, "recomputes", False) else ["runtime.gradient_checkpointing=true"]
+    ways += ["a smaller client.per_device_train_batch_size (gradient_accumulation_steps makes up for it)"]
+    raise RunError(
+        f"out of memory with this client alone in a pass; less is needed with {', '.join(ways)} or a smaller "
+        "data.max_length",
+        code=OUT_OF_MEMORY,
+    )
+
+
+def _train_block(
+    algorithm: Algorithm, adapter: Adapter, state: State, block: Sequence[Client], sites: Sequence[Site]
+) -> Updates:
     start = time.perf_counter()
     empty = [client.id for client in block if not len(client.batches)]
     if empty:

@@ -20,7 +20,8 @@ import torch
 
 from fedloom.errors import FedloomError, RunError
 from fedloom.runtimes import payload as sides
-from fedloom.runtimes.cohort import batched, blocks, counted, train_block
+from fedloom.runtimes.cohort import batched, counted, trained_blocks
+from fedloom.runtimes.room import Room
 from fedloom.seeds import seed_of
 from fedloom.tree import scale
 from fedloom.types import Adapter, Algorithm, Client, Metrics, Runtime, Site, State, Trained, Tree, Upload
@@ -54,7 +55,12 @@ class Plan(NamedTuple):
 
 
 def buffered(
-    clients_per_batch: int, *, buffer_size: int, concurrency: int, duration: Duration, staleness_exponent: float = 0.5
+    clients_per_batch: int | Room,
+    *,
+    buffer_size: int,
+    concurrency: int,
+    duration: Duration,
+    staleness_exponent: float = 0.5,
 ) -> Runtime:
     """FedBuff: w <- w + mean of s(tau) delta over K uploads, s(tau) = 1 / (1 + tau)^a.
 
@@ -70,6 +76,7 @@ def buffered(
         duration: simulated seconds of a client's work in a round.
         staleness_exponent: a; 0 takes old uploads as they are.
     """
+    room = clients_per_batch if isinstance(clients_per_batch, Room) else Room(clients_per_batch)
 
     def train(algorithm: Algorithm, adapter: Adapter, state: State, cohort: Sequence[Client]) -> Trained:
         if algorithm.protect:
@@ -83,7 +90,7 @@ def buffered(
             todo = [start for start in planned.starts if start[0].id not in made]
             if not todo:
                 break
-            _fly(algorithm, adapter, state, todo, clients_per_batch, made, failed)
+            _fly(algorithm, adapter, state, todo, room, made, failed)
         made = {  # a failure may have moved the others
             client.id: made[client.id]._replace(arrives=arrives, order=order)
             for client, arrives, order in planned.starts
@@ -111,7 +118,7 @@ def buffered(
             total = total._replace(metrics=sides.summed(clients))
         return Trained(total, personal, clients, failed)
 
-    return Runtime(train, batched(clients_per_batch).evaluate)
+    return Runtime(train, batched(room).evaluate)
 
 
 def clock_of(state: State) -> float | None:
@@ -167,23 +174,24 @@ def _fly(
     adapter: Adapter,
     state: State,
     starts: Sequence[tuple[Client, float, int]],
-    clients_per_batch: int,
+    room: Room,
     made: dict[str, Flight],
     failed: dict[str, str],
 ) -> None:
     """Train those who start, all on the state's parameters; what they will send goes into `made`."""
-    width = clients_per_batch if algorithm.client.cohort_axis else 1
     times = {client.id: (arrives, order) for client, arrives, order in starts}
     broadcast = sides.broadcast_payload(algorithm, state)
     received = sides.broadcast_received(algorithm, broadcast, Site(state.seed, state.round, ""))
     back = {client: flight.own for client, flight in under_way(state).items() if flight.own}  # whoever starts is back
     start = dataclasses.replace(state, params=received, personal={**state.personal, **back})
-    for block in blocks([client for client, _, _ in starts], width):
-        sites = [Site(state.seed, state.round, c.id, (), max(1, len(c.batches))) for c in block]
-        try:
-            updates = train_block(algorithm, adapter, start, block, sites)
-        except FedloomError as error:
-            failed.update({client.id: error.message for client in block})
+
+    def site_of(client: Client) -> Site:
+        return Site(state.seed, state.round, client.id, (), max(1, len(client.batches)))
+
+    who = [client for client, _, _ in starts]
+    for block, sites, updates in trained_blocks(algorithm, adapter, start, who, room, site_of):
+        if isinstance(updates, FedloomError):
+            failed.update({client.id: updates.message for client in block})
             continue
         for client, site, (delta, own, metrics) in zip(block, sites, updates, strict=True):
             try:

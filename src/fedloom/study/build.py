@@ -51,7 +51,7 @@ from fedloom.models.load import Base, load_tokenizer
 from fedloom.ops.ranks import Ranks
 from fedloom.optimizers import Optimizer, adagrad, adam, adamw, decay, sgd, yogi
 from fedloom.rounds import Sampling
-from fedloom.runtimes import ClientSite, batched, buffered, loopback, sequential, with_dropout, with_ranks
+from fedloom.runtimes import ClientSite, Room, batched, buffered, loopback, sequential, with_dropout, with_ranks
 from fedloom.runtimes import payload as sides
 from fedloom.runtimes.clock import speeds
 from fedloom.seeds import seed_of
@@ -504,15 +504,15 @@ def samples_of_a_local_model(federation: Federation, recipe: Recipe) -> int:
     return round(sum(clients.examples_seen(client, recipe.rounds) for client in clients.ids) / len(clients.ids))
 
 
-def global_pieces(recipe: Recipe, federation: Federation, base: Base) -> int:
+def global_pieces(recipe: Recipe, federation: Federation, room: Room) -> int:
     """Passes in which the global arm works off a cohort's batch: as many as the federated arm has blocks of clients."""
     cohort = uploads_per_round(recipe, len(federation.clients))
-    return -(-cohort // clients_in_a_pass(recipe, federation, base))
+    return -(-cohort // clients_in_a_pass(recipe, room))
 
 
-def clients_in_a_pass(recipe: Recipe, federation: Federation, base: Base) -> int:
+def clients_in_a_pass(recipe: Recipe, room: Room) -> int:
     """Of the federated arm."""
-    return width_of(recipe, federation, base) if recipe.runtime.kind in ("batched", "buffered") else 1
+    return room.width if recipe.runtime.kind in ("batched", "buffered") else 1
 
 
 def clients_per_round(recipe: Recipe, num_clients: int) -> int | None:
@@ -558,9 +558,14 @@ def runtime_of(
     base: Base,
     make_base: Callable[[], Base],
     evaluations: Mapping[str, Evaluation],
+    room: Room | None = None,
 ) -> Runtime:
-    """The runtime of an arm. Only the federated arm loses clients or sends messages."""
+    """The runtime of an arm. Only the federated arm loses clients or sends messages.
+
+    `room` is what a run has found out of its memory; without it each arm finds out by itself.
+    """
     kind = recipe.runtime.kind
+    room = room or Room(width_of(recipe, federation, base))
     if kind == "loopback" and arm == "federated":
         runtime = loopback(
             {
@@ -577,7 +582,7 @@ def runtime_of(
     elif kind == "buffered" and arm == "federated":
         speed_of, number = speeds(recipe.runtime.client_speeds, recipe.seed), len(federation.clients)
         runtime = buffered(
-            width_of(recipe, federation, base),
+            room,
             buffer_size=uploads_per_round(recipe, number),
             concurrency=clients_per_round(recipe, number) or number,
             duration=lambda client: speed_of(client.id) * len(client.batches),
@@ -586,7 +591,7 @@ def runtime_of(
     elif kind == "sequential" or kind == "loopback":
         runtime = sequential()
     else:
-        runtime = batched(width_of(recipe, federation, base))
+        runtime = batched(room)
     if arm == "federated" and recipe.adapter.client_ranks in RANK_MIXES:
         runtime = with_ranks(runtime, lambda client: rank_of(recipe, client))
     share = recipe.runtime.client_dropout

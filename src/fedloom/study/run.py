@@ -45,7 +45,6 @@ from fedloom.study.build import (
     sampling_of,
     schedule_of,
     start_digest,
-    width_of,
 )
 from fedloom.study.choose import LAST, Best, value_of
 from fedloom.study.costs import Flops, Work, peak_memory_bytes, reset_peak_memory, training_flops, work_of
@@ -269,6 +268,7 @@ class _Runner:
         arms = self.recipe.arms
         compared = self.recipe.evaluate.equal_samples and "local" in arms and bool({"federated", "global"} & set(arms))
         self.equal_samples = samples_of_a_local_model(session.federation, self.recipe) if compared else None
+        session.room.hear = self._narrowed
         self.trackers = Trackers(trackers_of(self.recipe), folder.path, self.recipe.project or "", self.recipe)
 
     def go(self, *, resumed: bool) -> Path:
@@ -352,6 +352,10 @@ class _Runner:
                 f"{versions().get('torch')}: the last digits may differ"
             )
 
+    def _narrowed(self, text: str) -> None:
+        self.folder.log(text)
+        self.display.message(f"note      {text}")
+
     # ---- the arms ----------------------------------------------------------------------------------------------------
 
     def _base(self) -> None:
@@ -364,14 +368,20 @@ class _Runner:
         self._stage("base", algorithm, self._plain_runtime(), state, totals)
 
     def _plain_runtime(self) -> Runtime:
-        return batched(width_of(self.recipe, self.session.federation, self.session.base))
+        return batched(self.session.room)
 
     def _train(self, arm: str) -> None:
-        pieces = global_pieces(self.recipe, self.session.federation, self.session.base) if arm == "global" else 1
+        pieces = global_pieces(self.recipe, self.session.federation, self.session.room) if arm == "global" else 1
         adapter, recipe, federation = self.session.adapter, self.recipe, self.session.federation
         algorithm = algorithm_of(recipe, arm, pieces=pieces, population_weight=population_weight_of(recipe, federation))
         runtime = runtime_of(
-            recipe, federation, arm, self.session.base, lambda: make_base(recipe), self.measures.table()
+            recipe,
+            federation,
+            arm,
+            self.session.base,
+            lambda: make_base(recipe),
+            self.measures.table(),
+            self.session.room,
         )
         population = Watched(population_of(federation, recipe, arm), self.display)
         state = initial_state(algorithm, adapter, recipe.seed)
@@ -617,7 +627,7 @@ class _Runner:
         # the pooled model is everyone's model, so the global arm is evaluated like the base and the federated one
         evaluation = self.measures.common if arm == "local" else self.measures.own
         found: dict[str, Metrics] = {}
-        width = max(1, width_of(self.recipe, self.session.federation, self.session.base))
+        width = self.session.room.width
         for first in range(0, len(clients), width):
             block = clients[first : first + width]
             found.update(runtime.evaluate(algorithm, self.session.adapter, state, block, evaluation))
@@ -801,7 +811,7 @@ class Watched:
         return self.work[client]
 
     def drawn(self) -> None:
-        self.done += 1
+        self.done = min(self.done + 1, self.total)  # a block that did not fit is drawn again
         self.display.advance(self.done, self.total, f"{self.what}: round {self.round + 1}")
 
 

@@ -22,7 +22,9 @@ from fedloom.models.load import Base, load_base
 from fedloom.ops.host import tune_host
 from fedloom.ops.names import CONTROL, apart
 from fedloom.rounds import initial_state
+from fedloom.runtimes import Room
 from fedloom.runtimes.cohort import train_block
+from fedloom.runtimes.room import OUT_OF_MEMORY
 from fedloom.study import checkpoint
 from fedloom.study.arm_tasks import Benchmark, open_benchmarks
 from fedloom.study.build import (
@@ -34,6 +36,7 @@ from fedloom.study.build import (
     population_of,
     started,
     uploads_per_round,
+    width_of,
 )
 from fedloom.study.choose import LAST
 from fedloom.study.costs import peak_memory_bytes
@@ -66,6 +69,7 @@ class Session:
     federation: Federation
     adapter: Adapter
     threads: int
+    room: Room  # clients in one pass, as far as is known by now
     benchmarks: Sequence[Benchmark] = ()
     best_by: str = LAST  # what a best state is chosen by; LAST where there is nothing
 
@@ -102,7 +106,8 @@ def open_session(recipe: Recipe, *, smoke: bool = False) -> Session:
     _check_cohort(recipe, federation)
     adapter = adapter_of(base, recipe)
     check_start(recipe, adapter)
-    return Session(recipe, base, federation, adapter, host.threads, benchmarks, best_by)
+    room = Room(width_of(recipe, federation, base))
+    return Session(recipe, base, federation, adapter, host.threads, room, benchmarks, best_by)
 
 
 def _chosen_by(recipe: Recipe, federation: Federation) -> str:
@@ -331,7 +336,7 @@ def plan(session: Session, *, probe: bool = True) -> PlanReport:
         score=session.measures().score,
         benchmarks={one.task.name: one.items for one in session.benchmarks},
         arms=list(recipe.arms),
-        clients_per_batch=clients_in_a_pass(recipe, federation, session.base) if algorithm.client.cohort_axis else 1,
+        clients_per_batch=clients_in_a_pass(recipe, session.room) if algorithm.client.cohort_axis else 1,
         data=report.said,
         tokens_per_second=speed,
         train_seconds=seconds,
@@ -365,7 +370,7 @@ def _probe(session: Session) -> float:
     algorithm = algorithm_of(recipe)
     state = initial_state(algorithm, adapter, recipe.seed)
     population = population_of(federation, recipe, "federated")
-    width = clients_in_a_pass(recipe, federation, session.base)
+    width = clients_in_a_pass(recipe, session.room)
     ids = list(population.ids)[: width if algorithm.client.cohort_axis else 1]
     train = federation.pooled("train")
     size = recipe.client.per_device_train_batch_size * recipe.client.gradient_accumulation_steps
@@ -382,15 +387,23 @@ def _probe(session: Session) -> float:
         train_block(algorithm, adapter, state, block, sites)  # a loss that is not finite is round 1's to tell
         return time.perf_counter() - start
 
-    try:
-        run({client: [worst] for client in ids})
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"out of memory with the longest row ({int(longest.max())} tokens) in every place of "
-            f"{len(ids)} x {recipe.client.per_device_train_batch_size} rows",
-            hint="lower runtime.clients_per_batch, client.per_device_train_batch_size or data.max_length",
-            code="run.memory",
-        ) from error
+    while True:
+        try:
+            run({client: [worst] for client in ids})
+            break
+        except RunError as error:
+            if error.code != OUT_OF_MEMORY:
+                raise
+            if len(ids) == 1:
+                again = "" if recipe.runtime.gradient_checkpointing else "runtime.gradient_checkpointing=true, or "
+                raise RunError(
+                    f"out of memory with the longest row ({int(longest.max())} tokens) in every place of "
+                    f"{recipe.client.per_device_train_batch_size} rows of one client",
+                    hint=f"{again}lower client.per_device_train_batch_size or data.max_length",
+                    code="run.memory",
+                ) from None
+        session.room.halve(len(ids))
+        ids = ids[: session.room.width]
     typical: dict[str, Batches | PairBatches] = {client: population.batches(client, 0)[:2] for client in ids}
     tokens = sum(batches.num_tokens for batches in typical.values())
     return tokens / max(run(dict(typical)), 1e-6)

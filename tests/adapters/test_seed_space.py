@@ -149,7 +149,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match="num_seeds is 0"):
         seed_space(llama(), num_seeds=0)
     adapter = seed_space(llama(), num_seeds=8)
-    with pytest.raises(UserError, match="moves the model's own weights"):
+    with pytest.raises(UserError, match="only copy of the weights"):
         dpo(adapter)
     with pytest.raises(UserError, match=r"seed_coefficients is \[9\], expected \[8\]"):
         adapter.check({COEFFICIENTS: torch.zeros(9)})

@@ -70,8 +70,6 @@ def dpo(adapter: Adapter, *, beta: float = 0.1, loss_type: str = "sigmoid", labe
     if label_smoothing and loss_type in LOSS_TYPES and loss_type not in SMOOTHED:
         problems.append(f"label_smoothing is {label_smoothing}, but {loss_type} has none")
     if getattr(adapter, "in_place", False):
-        problems.append("the reference is the model with nothing on it, and this kind moves the model's own weights")
-    if getattr(adapter, "in_place", False):
         problems.append("this adapter moves the only copy of the weights, so the model without it is no reference")
     if problems:
         raise UserError("; ".join(problems), code="adapter.dpo")

@@ -267,7 +267,8 @@ def notes_of(finished: Sequence[Finished], seeds: Sequence[int], differences: Se
         notes.append(
             f"differences are paired by seed; in brackets the {100 * LEVEL:.0f} % interval of a paired t-test; "
             "** holds after Holm's correction over all differences of that metric, * holds alone, "
-            "~ is not resolved: the interval contains 0"
+            "~ is not resolved: the interval contains 0, or the difference is the same in every seed and there are "
+            "fewer than 6 (a sign test)"
         )
     if len(seeds) < 3:
         notes.append(f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}: too few for an interval that says much")

@@ -309,7 +309,7 @@ def test_export_lora_is_an_adapter_folder_that_opens_again(fedloom: Callable[...
 def test_a_merge_that_goes_wrong_leaves_nothing(
     fedloom: Callable[..., Said], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Lora, "sync", lambda self, base: None)  # nothing is merged
+    monkeypatch.setattr(Lora, "merge", lambda self, tree: None)  # nothing is merged
     before = sorted(place.iterdir())
     with pytest.raises(RunError, match="answers otherwise than the run"):
         export_merged(Path("runs/tiny"), Path("wrong"))
@@ -322,7 +322,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys.modules["fedloom.adapters.lora"], "save_file", full)
+    monkeypatch.setattr(sys.modules["fedloom.models.peft_folder"], "save_file", full)
     before = sorted(place.iterdir())
     code, _, err = fedloom("export", "runs/tiny", "tuned")
     assert code == 1 and "no space left" in err and "Traceback" not in err

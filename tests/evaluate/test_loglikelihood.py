@@ -92,7 +92,8 @@ def test_the_likeliest_continuation_is_told(tiny_llama: Callable[..., Any]) -> N
 def test_a_model_whose_head_cannot_be_taken_apart_is_used_whole(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama()
     whole = CausalLM(model)
-    whole.head = None
+    whole._head = None
+    assert whole.head is None
     asked = continuations(9)
     got = [one.nats for one in loglikelihoods(whole, asked, batch_size=4)]
     assert got == pytest.approx([by_hand(model, one)[0] for one in asked], abs=1e-4)

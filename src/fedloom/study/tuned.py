@@ -141,7 +141,14 @@ def open_tuned(
         _write_checkpoint(run, recipe, base, checkpoint, folder)
         _, settings = _settings(folder)
     # The folder's own rank and targets: a run that merged into the base exports more than the recipe's rank.
-    adapter = adapter_of(base, Recipe(model=name, data=DataRecipe(path="-"), adapter=settings, local_steps=1))
+    try:
+        adapter = adapter_of(base, Recipe(model=name, data=DataRecipe(path="-"), adapter=settings, local_steps=1))
+    except UserError as error:
+        if error.code != "adapter.targets":
+            raise
+        raise UserError(
+            f"the adapter does not match the model {name}: {error.message}", error.hint, "adapter.mismatch"
+        ) from error
     tree = adapter.init(0) if whole else load_tree(adapter, folder)
     facts: Mapping[str, Any] = RunFolder.look(run).read_facts() if recipe is not None else {}
     return Tuned(

@@ -69,6 +69,34 @@ def all_finite(a: Tree) -> bool:
     return all(bool(torch.isfinite(x).all()) for x in a.values() if x.is_floating_point())
 
 
+def not_finite_C(state: Any) -> list[list[str]]:
+    """Of each client the names of what is not finite in a nested state of tensors [C, ...], each name once."""
+    named: list[tuple[str, Tensor]] = []
+
+    def walk(value: Any, name: str) -> None:
+        if isinstance(value, Tensor):
+            if value.is_floating_point():
+                named.append((name, torch.isfinite(value).flatten(1).all(1) if value.ndim > 1 else value.isfinite()))
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                walk(item, str(key))
+        elif isinstance(value, tuple):
+            for item in value:
+                walk(item, name)
+
+    walk(state, "")
+    if not named:
+        return []
+    sound_LC = torch.stack([sound_C for _, sound_C in named])
+    if bool(sound_LC.all()):  # the one read from the device in a sound round
+        return [[] for _ in range(sound_LC.shape[1])]
+    names = [name for name, _ in named]
+    return [
+        list(dict.fromkeys(name for name, sound in zip(names, row, strict=True) if not sound))
+        for row in sound_LC.T.tolist()
+    ]
+
+
 def stack(trees: Sequence[Tree]) -> dict[str, Tensor]:
     """Trees of clients -> one tree with the cohort axis. Leaves that all clients share are expanded, not copied."""
     first = trees[0]

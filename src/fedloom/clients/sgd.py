@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import RunError
+from fedloom.ops.graph import no_gradient
 from fedloom.ops.names import CONTROL
 from fedloom.optimizers import Optimizer, OptimizerState, Schedule, constant
 from fedloom.tree import flatten, per_client, sqnorm_C, sub, tmap, unflatten
@@ -118,7 +119,7 @@ def gradients(loss: LossFn, params: Tree, free: Tree, batch_CBT: Batch, pieces: 
     that the result is the gradient of the whole batch's mean.
 
     Raises:
-        RunError: a parameter has no gradient (a quantised base can lose the graph without any other sign).
+        RunError: parameters have no gradient, by name (a quantised base can lose the graph without any other sign).
     """
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in free.items()}
     total: dict[str, Tensor] = {}
@@ -133,13 +134,12 @@ def gradients(loss: LossFn, params: Tree, free: Tree, batch_CBT: Batch, pieces: 
         loss_C = loss({**params, **leaves}, piece)
         if size < num_rows:
             loss_C = loss_C * (targets_C(piece).to(loss_C.dtype) / whole_C.clamp(min=1))
+        if not loss_C.requires_grad:
+            raise no_gradient(list(leaves), len(leaves))
         found = torch.autograd.grad(loss_C.sum(), list(leaves.values()), allow_unused=True)
         missing = [name for name, grad in zip(leaves, found, strict=True) if grad is None]
         if missing:
-            raise RunError(
-                f"{len(missing)} of {len(leaves)} trainable parameters get no gradient ({missing[0]}, ...)",
-                code="client.no_gradient",
-            )
+            raise no_gradient(missing, len(leaves))
         for name, grad in zip(leaves, found, strict=True):
             total[name] = total[name] + grad if name in total else grad
     return total

@@ -5,6 +5,7 @@ Shape suffixes: C clients, B examples per client, T tokens.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedloom.errors import FedloomError, RunError
+from fedloom.ops.graph import whole_graph
 from fedloom.ops.names import TOLD, apart
 from fedloom.runtimes import payload as sides
 from fedloom.runtimes.room import OUT_OF_MEMORY, Room, is_out_of_memory, let_go
 from fedloom.seeds import seed_of
-from fedloom.tree import client_of, prefix, stack, write_prefix
+from fedloom.tree import client_of, not_finite_C, prefix, stack, write_prefix
 from fedloom.types import (
     Adapter,
     Algorithm,
@@ -26,6 +28,7 @@ from fedloom.types import (
     Client,
     ClientUpdate,
     Evaluation,
+    LocalState,
     LossFn,
     Metrics,
     Runtime,
@@ -192,7 +195,10 @@ def _train_block(
         seeds = [seed_of(s.seed, s.round, s.client, f"step/{index}") for s in sites[: len(active)]]
         batch_CBT = collate(batches, seeds, device)
         record.batch(batches)
-        moved = update.step(record.watch(adapter.loss), prefix(work, len(active)), batch_CBT)
+        with contextlib.nullcontext() if index else whole_graph(adapter.model):
+            moved = update.step(record.watch(adapter.loss), prefix(work, len(active)), batch_CBT)
+        if index == 0:
+            record.after_first_step(moved)
         work = write_prefix(work, moved, len(active))
     delta_C, own_C = update.finish(params_C, work)
     seconds = time.perf_counter() - start
@@ -252,6 +258,7 @@ class Record:
         self.loss_C = torch.zeros(num_clients, dtype=torch.float64, device=device)
         self.count_C = torch.zeros(num_clients, dtype=torch.float64, device=device)
         self.bad_C = torch.zeros(num_clients, dtype=torch.float64, device=device)  # first step with a non-finite loss
+        self.overflown: list[list[str]] = [[] for _ in range(num_clients)]  # what the first step made of parameters
         self.rows: list[dict[str, float]] = [
             {"tokens": 0.0, "padded_tokens": 0.0, "examples": 0.0, "steps": 0.0} for _ in range(num_clients)
         ]
@@ -284,14 +291,23 @@ class Record:
         watched.__wrapped__ = loss  # type: ignore[attr-defined]  # for what is no training: inspect.unwrap
         return watched
 
+    def after_first_step(self, state: LocalState) -> None:
+        """A gradient that is not finite shows here, whatever the method: finite losses do not tell of it."""
+        for client, names in enumerate(not_finite_C(state)):
+            self.overflown[client] = names
+
     def metrics(self, seconds: float) -> list[dict[str, float] | RunError]:
         """One row per client; a block's seconds are shared out by tokens."""
         whole = sum(row["padded_tokens"] for row in self.rows) or 1.0
         out: list[dict[str, float] | RunError] = []
         sums = zip(self.rows, self.loss_C.tolist(), self.count_C.tolist(), self.bad_C.tolist(), strict=True)
-        for row, loss, count, bad in sums:
-            if bad:
-                hint = "lower client.learning_rate or set client.max_grad_norm"
+        hint = "lower client.learning_rate or set client.max_grad_norm"
+        for (row, loss, count, bad), names in zip(sums, self.overflown, strict=True):
+            if names and bad != 1:
+                some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+                said = f"its loss was finite, but after its first local step {some} is not: a gradient overflowed"
+                out.append(RunError(said, hint, "client.nonfinite"))
+            elif bad:
                 out.append(RunError(f"its loss was not finite at local step {bad:.0f}", hint, "client.nonfinite"))
             else:
                 share = row["padded_tokens"] / whole

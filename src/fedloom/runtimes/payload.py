@@ -74,7 +74,9 @@ def client_payload(algorithm: Algorithm, params: Tree, delta: Tree, weight: floa
         RunError: there is nothing to send, or it is not finite.
     """
     if not all_finite(delta):
-        raise RunError("its update is not finite", code="client.nonfinite")
+        bad = [name for name, leaf in delta.items() if not all_finite({name: leaf})]
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        raise RunError(f"its update is not finite ({', '.join(bad[:4])}{more})", code="client.nonfinite")
     told, sent = apart(delta, TOLD)
     if not sent:
         raise RunError("its upload holds no parameter", code="client.empty")

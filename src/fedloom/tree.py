@@ -105,6 +105,11 @@ def stack(trees: Sequence[Tree]) -> dict[str, Tensor]:
     return tmap(lambda *xs: torch.stack(xs), *trees)
 
 
+def is_shared(tree_C: Tree) -> bool:
+    """Whether all clients have the same leaves, as `stack` expands them."""
+    return all(leaf.stride(0) == 0 or leaf.shape[0] == 1 for leaf in tree_C.values())
+
+
 def client_of(tree_C: Tree, index: int) -> dict[str, Tensor]:
     """One client's tree, without the cohort axis."""
     return {name: x[index] for name, x in tree_C.items()}

@@ -10,7 +10,7 @@ import torch
 
 from fedloom.adapters.lora import lora
 from fedloom.errors import UserError
-from fedloom.evaluate.generate import Sampling, decode, generate, generate_one, generate_rows
+from fedloom.evaluate.generate import Sampling, decode, generate, generate_one
 from fedloom.evaluate.scores import Scored, score_evaluation
 from fedloom.models import Base, random_base
 from fedloom.tree import stack
@@ -109,7 +109,7 @@ def test_the_models_own_generation_settings_change_nothing_and_stay(base: Base, 
 def test_an_error_leaves_the_models_settings_as_they_were(base: Base, adapter: Any) -> None:
     config = base.model.generation_config
     with pytest.raises(IndexError):
-        generate_rows(base.model, [[99999]], base.tokenizer, max_new_tokens=2)
+        generate(adapter, stack(trees(adapter, 1)), [[[99999]]], base.tokenizer, max_new_tokens=2, batch_size=1)
     assert base.model.generation_config is config
 
 

@@ -2,8 +2,9 @@
 
 Hooks on the model's body put the virtual tokens before the embeddings and take their outputs away again, so hidden
 states, logits and generated texts have the lengths of what was passed in. In cached generation the virtual tokens go in
-with the first step only; in later ones the mask and the positions are shifted by them. The same hooks serve kinds that
-put keys and values into the cache instead of embeddings before the text.
+with the first step only; in later ones the mask and the positions are shifted by them, unless the cache says that its
+owner does this (`managed`). The same hooks serve kinds that put keys and values into the cache instead of embeddings
+before the text.
 
 Shape suffixes: C clients, N rows (C x B), T tokens, P virtual tokens, D hidden size.
 """
@@ -65,6 +66,8 @@ class Virtual:
         assert shape is not None
         n = shape.shape[0]
         first = cache is None or cache.get_seq_length() == 0
+        if getattr(cache, "managed", False):  # its owner counts the virtual tokens in masks and positions
+            return None
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor):
             if mask.ndim != 2:

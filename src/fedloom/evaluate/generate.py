@@ -1,9 +1,7 @@
-"""Write answers with a tuned model, for several clients' models in one batch.
+"""Write answers with tuned models, those of several clients at once.
 
-Prompts come as token ids, so that what stands before an answer is exactly what stood there in training. Rows of a batch
-have about the same length and are padded on the left; the cohort axis is outermost.
-
-Shape suffixes: N rows (C clients x B prompts each), T tokens, V vocabulary.
+Prompts come as token ids, so that what stands before an answer is exactly what stood there in training. How rows are
+batched changes no answer, rounding aside.
 """
 
 from __future__ import annotations
@@ -11,18 +9,23 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedloom.errors import UserError
+from fedloom.evaluate import decoding, plain
+from fedloom.evaluate.decoding import Bind, Opening
+from fedloom.evaluate.draws import drawn
 from fedloom.evaluate.sampling import Sampling
 from fedloom.models.causal import positions_of
 from fedloom.models.load import stop_ids
+from fedloom.seeds import seed_of
+from fedloom.tree import is_shared
 from fedloom.types import Adapter, Tree
 
-__all__ = ["Sampling", "decode", "generate", "generate_one", "generate_rows"]
+__all__ = ["Opening", "Sampling", "decode", "drawn", "generate", "generate_one", "write_openings"]
 
 logger = logging.getLogger("fedloom")
 
@@ -43,35 +46,27 @@ def generate(
 
     Clients may have different numbers of prompts. `batch_size` is the number of rows in one pass, all clients
     together; at least one per client goes in. Where a prompt leaves room for fewer than `max_new_tokens`, the answer
-    is as long as the model's positions allow, and the log says so.
+    is as long as the model's positions allow, and the log says so. With `sampling` each row has draws of its own.
 
     Raises:
         UserError: an empty prompt, or `max_new_tokens` or `batch_size` below 1.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise UserError("max_new_tokens and batch_size must be 1 or more", code="generate.limits")
-    num_clients = len(prompts)
-    per_client = max(1, batch_size // max(1, num_clients))
-    # Longest first: what does not fit in memory fails at once. The b-th longest prompts of all clients meet in a row.
-    order = [sorted(range(len(own)), key=lambda j, own=own: -len(own[j])) for own in prompts]  # type: ignore[misc]
+    rooms = [_rooms(adapter.model, own, max_new_tokens) for own in prompts]
+    asked, places = [], []
+    for c, own in enumerate(prompts):
+        here = [j for j in range(len(own)) if rooms[c][j] > 0]
+        asked.append([Opening(own[j], rooms[c][j], sampling=_of_row(sampling, c, j)) for j in here])
+        places.append([(c, j) for j in here])
     answers: list[list[list[int]]] = [[[] for _ in own] for own in prompts]
-    with adapter.bound(tree_C) as model:
-        for start in range(0, max(map(len, order), default=0), per_client):
-            width = min(per_client, max(len(own) for own in order) - start)
-            slots = [[own[j] if j < len(own) else None for j in range(start, start + width)] for own in order]
-            rows = [(c, j) for c, own in enumerate(slots) for j in own]
-            filler = min((prompts[c][j] for c, j in rows if j is not None), key=len)
-            written = generate_rows(
-                model,
-                [prompts[c][j] if j is not None else filler for c, j in rows],
-                tokenizer,
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                idle=[j is None for _, j in rows],
-            )
-            for (c, j), ids in zip(rows, written, strict=True):
-                if j is not None:
-                    answers[c][j] = ids
+    if len(prompts) > 1 and is_shared(tree_C):  # one model: all rows are its own
+        tree_C = {name: leaf[:1] for name, leaf in tree_C.items()}
+        asked, places = [[one for own in asked for one in own]], [[one for own in places for one in own]]
+    written = write_openings(adapter, tree_C, asked, tokenizer, batch_size=batch_size)
+    for there, own_answers in zip(places, written, strict=True):
+        for (c, j), ids in zip(there, own_answers, strict=True):
+            answers[c][j] = ids
     return answers
 
 
@@ -86,75 +81,56 @@ def generate_one(
     on_text: Callable[[str], None] | None = None,
 ) -> str:
     """The answer to one prompt as text; `on_text` gets each new piece of it as it is written."""
-    with adapter.bound({name: leaf[None] for name, leaf in tree.items()}) as model:
-        streamer = _Streamer(tokenizer, stop_ids(model, tokenizer), on_text) if on_text is not None else None
-        [ids] = generate_rows(
-            model, [prompt], tokenizer, max_new_tokens=max_new_tokens, sampling=sampling, streamer=streamer
-        )
+    [room] = _rooms(adapter.model, [prompt], max_new_tokens)
+    if room < 1:
+        return ""
+    streamer = None if on_text is None else _Streamer(tokenizer, on_text)
+    tree_C = {name: leaf[None] for name, leaf in tree.items()}
+    [[ids]] = write_openings(
+        adapter, tree_C, [[Opening(prompt, room, sampling=sampling)]], tokenizer, batch_size=1,
+        on_token=None if streamer is None else streamer.put,
+    )  # fmt: skip
+    if streamer is not None:
+        streamer.end()
     return decode(tokenizer, [ids])[0]
 
 
-@torch.no_grad()
-def generate_rows(
-    model: nn.Module,
-    prompts: Sequence[Ids],
+def write_openings(
+    adapter: Any,
+    tree_C: Tree,
+    asked: Sequence[Sequence[Opening]],
     tokenizer: Any,
     *,
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
-    idle: Sequence[bool] | None = None,
-    streamer: Any = None,
-    seeds: Sequence[int] | None = None,
-    stop: Sequence[str] = (),
-) -> list[list[int]]:
-    """One batch: token ids after each prompt, up to the first stop token.
+    batch_size: int,
+    on_token: Callable[[int], None] | None = None,
+    on_rows: Callable[[int], None] | None = None,
+) -> list[list[list[int]]]:
+    """Token ids after each of client c's openings, up to the first stop token.
 
     Args:
-        idle: rows that only fill the shape.
-        seeds: one per row, in place of `sampling.seed`; a row's draws then depend on nothing else in the batch.
-        stop: texts that end an answer. A row ends soon after one is written, which is then still in it.
-    """
-    from transformers import GenerationConfig
+        adapter: what `bound` of an adapter is asked of.
+        batch_size: rows in one pass, all clients together; at least one per client goes in.
+        on_token: is told each new token; for one row only.
+        on_rows: is told how many rows are done.
 
-    if any(len(prompt) == 0 for prompt in prompts):
+    Raises:
+        UserError: an empty prompt.
+    """
+    if any(len(one.ids) == 0 for own in asked for one in own):
         raise UserError("a prompt has no tokens", code="generate.empty_prompt")
-    stops = stop_ids(model, tokenizer)
-    device = next(model.parameters()).device
-    longest = max(map(len, prompts))
-    room = _room(model, longest, max_new_tokens)
-    if room < 1:
-        return [[] for _ in prompts]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
-    ids_NT = torch.full((len(prompts), longest), pad, dtype=torch.int64)
-    mask_NT = torch.zeros_like(ids_NT)
-    for n, prompt in enumerate(prompts):
-        ids_NT[n, longest - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.int64)
-        mask_NT[n, longest - len(prompt) :] = 1
-    # Made anew so that a model's own generation_config.json (sampling, penalties) does not change what is measured.
-    shared = sampling is not None and seeds is None  # one stream of draws for the whole batch
-    settings = GenerationConfig(
-        max_new_tokens=room,
-        do_sample=shared,
-        num_beams=1,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=list(stops),
-        **(_sampling_settings(sampling) if shared and sampling is not None else {}),
-    )
-    ended = _Ended(tokenizer, stop, len(prompts), longest) if stop else None
-    with _own_settings_aside(model), torch.random.fork_rng(devices=_devices(device), enabled=shared):
-        if shared and sampling is not None:
-            torch.manual_seed(sampling.seed)
-        written_NT: Tensor = model.generate(  # type: ignore[operator]
-            input_ids=ids_NT.to(device),
-            attention_mask=mask_NT.to(device),
-            generation_config=settings,
-            stopping_criteria=_criteria(idle, ended, device),
-            logits_processor=_own_draws(sampling, seeds),
-            streamer=streamer,
-        )[:, longest:]
-    rows = written_NT.tolist() if ended is None else [row[:end] for row, end in zip(written_NT.tolist(), ended.ends)]  # noqa: B905
-    return [_until(row, stops) for row in rows]
+    if not any(asked):
+        return [[] for _ in asked]
+    bind = _binder(adapter, tree_C)
+    with bind([0]) as model:
+        stops, reason = stop_ids(model, tokenizer), decoding.misfit(model)
+    how: Any = decoding if reason is None else plain
+    if reason is not None:
+        _say_plain(model, reason)
+    written: list[list[list[int]]] = how.write(
+        bind, asked, slots=batch_size, stops=stops, texts=lambda rows: decode(tokenizer, rows),
+        on_token=on_token, on_rows=on_rows,
+    )  # fmt: skip
+    return written
 
 
 def decode(tokenizer: Any, answers: Sequence[Ids]) -> list[str]:
@@ -165,136 +141,67 @@ def decode(tokenizer: Any, answers: Sequence[Ids]) -> list[str]:
     return texts
 
 
-def _until(row: list[int], stops: Sequence[int]) -> list[int]:
-    for n, token in enumerate(row):
-        if token in stops:
-            return row[:n]
-    return row
+def _binder(adapter: Any, tree_C: Tree) -> Bind:
+    """How to put some clients' models on; those of the last two choices are kept, as they take turns."""
+    number = len(next(iter(tree_C.values())))
+    known: dict[tuple[int, ...], Tree] = {}
+
+    @contextlib.contextmanager
+    def bind(clients: Sequence[int]) -> Iterator[nn.Module]:
+        chosen = tuple(clients)
+        some = tree_C if chosen == tuple(range(number)) else known.get(chosen)
+        if some is None:
+            first, last = chosen[0], chosen[-1]
+            near = chosen == tuple(range(first, last + 1))
+            some = {k: leaf[first : last + 1] if near else leaf[list(chosen)] for k, leaf in tree_C.items()}
+            if len(known) > 1:
+                known.pop(next(iter(known)))
+            known[chosen] = some
+        with adapter.bound(some) as model:
+            yield model
+
+    return bind
 
 
-def _room(model: nn.Module, longest: int, max_new_tokens: int) -> int:
-    """New tokens that the model's positions allow after the batch's longest prompt."""
+def _of_row(sampling: Sampling | None, client: int, number: int) -> Sampling | None:
+    return sampling and replace(sampling, seed=seed_of(sampling.seed, 0, f"{client}", f"row/{number}"))
+
+
+def _rooms(model: nn.Module, prompts: Sequence[Ids], max_new_tokens: int) -> list[int]:
+    """New tokens that the model's positions allow after each prompt."""
     positions = positions_of(model)
-    if positions is None or longest + max_new_tokens <= positions:
-        return max_new_tokens
-    room = max(0, positions - longest)
-    logger.warning(
-        "a prompt of %d tokens leaves room for %d new ones of %d: the model has %d positions",
-        longest,
-        room,
-        max_new_tokens,
-        positions,
-    )
-    return room
+    if positions is None:
+        return [max_new_tokens] * len(prompts)
+    rooms = [max(0, min(max_new_tokens, positions - len(prompt))) for prompt in prompts]
+    short = sorted((len(prompt), room) for prompt, room in zip(prompts, rooms, strict=True) if room < max_new_tokens)
+    if short:
+        logger.warning(
+            "a prompt of %d tokens leaves room for %d new ones of %d%s: the model has %d positions",
+            *short[0],
+            max_new_tokens,
+            f", and {len(short) - 1} longer ones for fewer" if len(short) > 1 else "",
+            positions,
+        )
+    return rooms
 
 
-def _sampling_settings(sampling: Sampling) -> dict[str, Any]:
-    return {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-
-
-def _devices(device: torch.device) -> list[int]:
-    return [device.index or 0] if device.type == "cuda" else []
-
-
-@contextlib.contextmanager
-def _own_settings_aside(model: nn.Module) -> Iterator[None]:
-    """Within it the model generates as it is told, not as its own generation config says."""
-    from transformers import GenerationConfig
-
-    holder: Any = model
-    kept = holder.generation_config
-    holder.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        holder.generation_config = kept
-
-
-def _criteria(idle: Sequence[bool] | None, ended: _Ended | None, device: torch.device) -> Any:
-    """By which rows stop before a stop token: those that only fill the shape at once, others at a stop text."""
-    idle = idle if idle is not None and any(idle) else None
-    if idle is None and ended is None:
-        return None
-    from transformers import StoppingCriteria, StoppingCriteriaList
-
-    class Ends(StoppingCriteria):  # type: ignore[misc]
-        def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
-            done = [False] * len(input_ids) if ended is None else ended.look(input_ids)
-            both = done if idle is None else [a or b for a, b in zip(done, idle, strict=True)]
-            return torch.tensor(both, dtype=torch.bool, device=device)
-
-    return StoppingCriteriaList([Ends()])
-
-
-class _Ended:
-    """Which rows have written one of the stop texts, and after how many tokens."""
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str], rows: int, prompt: int) -> None:
-        self.tokenizer, self.stop, self.prompt = tokenizer, tuple(stop), prompt
-        # Each token of a stop text has at least a byte of it; some more, since a first token may lose its space.
-        self.window = max(len(text.encode()) for text in stop) + 4
-        self.ends: list[int | None] = [None] * rows
-
-    def look(self, ids_NT: Tensor) -> list[bool]:
-        length = ids_NT.shape[1] - self.prompt
-        tails = ids_NT[:, -min(self.window, length) :].tolist()
-        open_rows = [n for n, end in enumerate(self.ends) if end is None]
-        for n, text in zip(open_rows, decode(self.tokenizer, [tails[n] for n in open_rows]), strict=True):
-            if any(stop in text for stop in self.stop):
-                self.ends[n] = length
-        return [end is not None for end in self.ends]
-
-
-def _own_draws(sampling: Sampling | None, seeds: Sequence[int] | None) -> Any:
-    """Leaves one token per row: the one that the row's own generator draws."""
-    if sampling is None or seeds is None:
-        return None
-    from transformers import LogitsProcessor, LogitsProcessorList
-
-    how, draws = sampling, [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    class Own(LogitsProcessor):  # type: ignore[misc]
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            u_N = torch.stack([torch.rand((), generator=draw, dtype=torch.float64) for draw in draws])
-            token_N = drawn(scores, how, u_N).to(scores.device)
-            return torch.full_like(scores, -torch.inf).scatter(1, token_N[:, None], 0.0)
-
-    return LogitsProcessorList([Own()])
-
-
-def drawn(scores_NV: Tensor, sampling: Sampling, u_N: Tensor) -> Tensor:
-    """The token of each row at which the sum of probabilities, the likeliest first, passes u of [0, 1).
-
-    Temperature, top-k and top-p in this order, as in Hugging Face's `generate`: top-p keeps the fewest likeliest tokens
-    whose probabilities sum up to at least p.
-    """
-    size = scores_NV.shape[1]
-    k = min(sampling.top_k or size, size)
-    z_NK, token_NK = scores_NV.topk(k) if k < size else scores_NV.sort(dim=1, descending=True, stable=True)
-    z_NK, token_NK = z_NK.cpu().double() / sampling.temperature, token_NK.cpu()
-    share_NK = z_NK.softmax(1)
-    before_NK = share_NK.cumsum(1) - share_NK
-    share_NK = share_NK.masked_fill(before_NK >= sampling.top_p, 0.0)
-    share_NK[:, 0] = share_NK[:, 0].clamp(min=torch.finfo(torch.float64).tiny)  # never no token at all
-    passed_NK = share_NK.cumsum(1) <= u_N[:, None] * share_NK.sum(1, keepdim=True)
-    last_N = (share_NK > 0).sum(1) - 1
-    return token_NK.gather(1, torch.minimum(passed_NK.sum(1), last_N)[:, None])[:, 0]
+def _say_plain(model: nn.Module, reason: str) -> None:
+    """Once for each model."""
+    if not getattr(model, "_fedloom_said_plain", False):
+        model._fedloom_said_plain = True  # type: ignore[assignment]
+        logger.warning("this model's answers are written by transformers, one client at a time (slower): %s", reason)
 
 
 class _Streamer:
     """Hands over text as it becomes certain: a character of several tokens only once it is whole."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[int], on_text: Callable[[str], None]) -> None:
-        self.tokenizer, self.stops, self.on_text = tokenizer, stops, on_text
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        self.tokenizer, self.on_text = tokenizer, on_text
         self.ids: list[int] = []
         self.said = 0
-        self.prompt_seen = False
 
-    def put(self, value: Tensor) -> None:
-        if not self.prompt_seen:  # the first call brings the prompt
-            self.prompt_seen = True
-            return
-        self.ids += [token for token in value.flatten().tolist() if token not in self.stops]
+    def put(self, token: int) -> None:
+        self.ids.append(token)
         text = decode(self.tokenizer, [self.ids])[0]
         if not text.endswith("�"):
             self._say(text)

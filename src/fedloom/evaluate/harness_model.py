@@ -18,9 +18,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from fedloom.data.templates import layout_for, pieces_of
 from fedloom.errors import UserError
-from fedloom.evaluate.generate import Sampling, decode
+from fedloom.evaluate.generate import Opening, Sampling, decode
 from fedloom.evaluate.loglikelihood import Continuation
-from fedloom.evaluate.tasks.run import ModelAnswerer, Opening, until
+from fedloom.evaluate.tasks.run import ModelAnswerer, until
 from fedloom.seeds import seed_of
 
 __all__ = ["HarnessModel", "RecordedModel", "Said"]

@@ -29,7 +29,7 @@ from torch import nn
 from fedloom.data.rows import Row
 from fedloom.data.tokens import prompt_ids, tokenise
 from fedloom.errors import RunError, UserError
-from fedloom.evaluate.generate import decode, generate_rows
+from fedloom.evaluate.generate import Opening, decode, write_openings
 from fedloom.evaluate.loglikelihood import Continuation, Loglikelihood, loglikelihoods
 from fedloom.evaluate.sampling import Sampling
 from fedloom.evaluate.tasks import find_task
@@ -144,15 +144,6 @@ class _Fitted(NamedTuple):
     room: int | None
 
 
-class Opening(NamedTuple):
-    """Tokens to go on from."""
-
-    ids: Ids
-    room: int  # tokens to write at most; the model's positions allow so many
-    stop: tuple[str, ...] = ()
-    sampling: Sampling | None = None  # with draws of its own
-
-
 class ModelAnswerer:
     """See `answerer_of`."""
 
@@ -196,31 +187,15 @@ class ModelAnswerer:
 
     def written(self, asked: Sequence[Opening]) -> list[list[int]]:
         """What the model writes after given tokens; a stop text that ends it is still in it."""
-        found: list[list[int]] = [[] for _ in asked]
-        groups: dict[Any, list[int]] = {}  # what may share a pass
-        for number, one in enumerate(asked):
-            how = None if one.sampling is None else replace(one.sampling, seed=0)
-            groups.setdefault((one.room, one.stop, how), []).append(number)
-        done = 0
-        with self.adapter.bound(self.tree_C) as model, memory_explained(self.batch_size):
-            for (room, stop, how), numbers in groups.items():
-                numbers.sort(key=lambda number: -len(asked[number].ids))
-                for start in range(0, len(numbers), self.batch_size):
-                    some = numbers[start : start + self.batch_size]
-                    seeds = [drawn.seed for number in some if (drawn := asked[number].sampling) is not None]
-                    rows = generate_rows(
-                        model,
-                        [asked[number].ids for number in some],
-                        self.tokenizer,
-                        max_new_tokens=room,
-                        sampling=how,
-                        seeds=seeds or None,
-                        stop=stop,
-                    )
-                    for number, ids in zip(some, rows, strict=True):
-                        found[number] = ids
-                    done += len(some)
-                    self._say(done, len(asked), "answers")
+        with memory_explained(self.batch_size):
+            [found] = write_openings(
+                self.adapter,
+                self.tree_C,
+                [asked],
+                self.tokenizer,
+                batch_size=self.batch_size,
+                on_rows=lambda done: self._say(done, len(asked), "answers"),
+            )
         return found
 
     def choose(self, requests: Sequence[Choose]) -> list[tuple[float, ...]]:

@@ -140,9 +140,9 @@ class Dpo:
         mask_NT = torch.cat([batch_CBT["chosen_mask"], batch_CBT["rejected_mask"]], 1).flatten(0, 1)
         labels_NT = ids_NT.masked_fill(mask_NT == 0, IGNORED)
         # The reference comes first: its pass may take merged weights off, and no graph must have seen them by then.
-        reference_CN = self._reference(ids_NT, labels_NT).view(c, 2 * b)
+        reference_CN = self._reference(ids_NT, labels_NT, c).view(c, 2 * b)
         with self.inner.bound(tree_C, batch_CBT.get(SEED)):
-            policy_CN = self._likelihoods(ids_NT, labels_NT).view(c, 2 * b)
+            policy_CN = self._likelihoods(ids_NT, labels_NT, c).view(c, 2 * b)
         ratio_CN = policy_CN - reference_CN
         tokens_CN = (labels_NT[:, 1:] != IGNORED).sum(1).view(c, 2 * b)
         real_CB = (tokens_CN[:, :b] > 0) & (tokens_CN[:, b:] > 0)
@@ -164,20 +164,20 @@ class Dpo:
         return -(1 - share) * right_CB - share * wrong_CB
 
     @torch.no_grad()
-    def _reference(self, ids_NT: Tensor, labels_NT: Tensor) -> Tensor:
+    def _reference(self, ids_NT: Tensor, labels_NT: Tensor, clients: int) -> Tensor:
         """Log-likelihoods [N] under the base as it was before round 1."""
         merged = self._merged
         if not merged:
-            return self._likelihoods(ids_NT, labels_NT)
+            return self._likelihoods(ids_NT, labels_NT, clients)
         self.inner.sync({})
         try:
-            return self._likelihoods(ids_NT, labels_NT)
+            return self._likelihoods(ids_NT, labels_NT, clients)
         finally:
             self.inner.sync(merged)
 
-    def _likelihoods(self, ids_NT: Tensor, labels_NT: Tensor) -> Tensor:
+    def _likelihoods(self, ids_NT: Tensor, labels_NT: Tensor, clients: int) -> Tensor:
         """log-likelihood [N] of each row's answer under the model as it is now: the sum over its tokens."""
         causal: Any = self.causal
-        nll_M, row_M = causal.nll(ids_NT, labels_NT)
+        nll_M, row_M = causal.nll(ids_NT, labels_NT, clients)
         # doubles: two sums of hundreds of nats are subtracted, and what is left is what counts
         return torch.zeros(len(ids_NT), dtype=torch.float64, device=nll_M.device).index_add(0, row_M, -nll_M.double())

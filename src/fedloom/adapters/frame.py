@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedloom.errors import UserError
 from fedloom.models.causal import CausalLM
+from fedloom.ops import packing
 from fedloom.types import FIXED, Batch, Client, Tree
 
 SEED = "seed"  # optional leaf [C] of a batch: with it dropout is drawn, without it there is none
@@ -62,8 +63,13 @@ class Frame:
 
     def contexts_of_a_second_run(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """What surrounds a block's first run, and its second one, in which the tree that is on now is on again."""
-        again = contextlib.nullcontext() if self.in_front else self._bound_again(self._on)
-        return contextlib.nullcontext(), again
+        return contextlib.nullcontext(), self._again(None if self.in_front else self._on, packing.current())
+
+    @contextlib.contextmanager
+    def _again(self, hold: Hold | None, layout: packing.Layout | None) -> Iterator[None]:
+        bound = contextlib.nullcontext() if self.in_front else self._bound_again(hold)
+        with bound, packing.on(layout):
+            yield
 
     @contextlib.contextmanager
     def _bound_again(self, hold: Hold | None) -> Iterator[None]:
@@ -91,7 +97,7 @@ class Frame:
         ids_CBT, labels_CBT = batch_CBT["input_ids"], batch_CBT["labels"]
         c, b, _ = ids_CBT.shape
         with self.bind(tree_C, batch_CBT.get(SEED)):
-            nll_M, row_M = self.causal.nll(ids_CBT.flatten(0, 1), labels_CBT.flatten(0, 1))
+            nll_M, row_M = self.causal.nll(ids_CBT.flatten(0, 1), labels_CBT.flatten(0, 1), c)
         client_M = row_M // b
         return nll_M, client_M, torch.bincount(client_M, minlength=c)
 

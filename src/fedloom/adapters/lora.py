@@ -132,6 +132,8 @@ class Lora(Frame):
         output = getattr(model, "get_output_embeddings", lambda: None)()
         if any(module is output for module in self.biased.values()):
             self.causal.run_whole()  # so that its hook adds the bias
+        if dropout:
+            self.causal.rows.way = "padded"  # what is drawn depends on where a token stands
         self._bound: dict[str, Bound] = {}
         self._biases: dict[str, Tensor] = {}
         self._base: Tree = {}

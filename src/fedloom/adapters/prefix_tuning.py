@@ -48,6 +48,7 @@ class PrefixTuning(Frame):
     def __init__(self, model: nn.Module, number: int, base_name: str) -> None:
         self.number, self.base_name = number, base_name
         super().__init__(model, self._put_on)
+        self.causal.rows.way = "padded"  # there are keys and values before each row that no query belongs to
         self.virtual = Virtual(model, number, in_cache=True)
         weight = self.virtual.embed.weight
         assert isinstance(weight, Tensor)

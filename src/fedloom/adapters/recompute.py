@@ -4,7 +4,7 @@ Activations then take memory for one block and not for all; a step has one more 
 numbers are the same. transformers' own checkpointing is not used: it asks for training mode, which switches the base's
 dropout on, empties the cache that prefix tuning fills, and knows nothing of a tree that is on only while the loss is
 made. Here the tree that was on in the forward pass is put on again while a block runs a second time, its dropout seeds
-with it. Nothing changes where no graph is made.
+and the layout of packed rows with it. Nothing changes where no graph is made.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def _again(frame: Frame, block: nn.Module, forward: Callable[..., Any]) -> Calla
             run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=frame.contexts_of_a_second_run
         )
 
+    checkpointed.kept_whole = forward  # type: ignore[attr-defined]  # for a run that is given up half way
     return checkpointed
 
 

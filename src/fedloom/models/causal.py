@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedloom.models.rows import Rows
 from fedloom.ops.cross_entropy import CHUNK_BYTES, Head, logits, nll_chunked
 from fedloom.ops.per_client import PerClient, raw
 
@@ -28,6 +29,7 @@ class CausalLM:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._head = _head_of(model)
+        self.rows = Rows(model, body_of(model))
 
     def run_whole(self) -> None:
         """Let the output layer itself make the logits: something is done to it that its weights do not tell."""
@@ -41,10 +43,11 @@ class CausalLM:
         layer: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         return self._head._replace(weight_VD=layer.weight, bias_V=layer.bias)
 
-    def nll(self, input_ids_NT: Tensor, labels_NT: Tensor) -> tuple[Tensor, Tensor]:
+    def nll(self, input_ids_NT: Tensor, labels_NT: Tensor, clients: int = 1) -> tuple[Tensor, Tensor]:
         """(nll_M in nats, row_M): one for each position whose next token is labelled, and the row it is in.
 
-        Rows are padded on the right, so the causal mask alone keeps padding away from every labelled position.
+        Rows are padded on the right, so the causal mask alone keeps padding away from every labelled position. The rows
+        of a client stand together, and there are as many of each of the `clients`.
         """
         targets_NT = labels_NT[:, 1:]
         row_M, position_M = (targets_NT != -100).nonzero(as_tuple=True)
@@ -54,8 +57,7 @@ class CausalLM:
             z = self.model(input_ids=input_ids_NT, use_cache=False).logits
             z_MV = z[row_M, position_M].float() if z.dtype != torch.float64 else z[row_M, position_M]
             return nn.functional.cross_entropy(z_MV, target_M, reduction="none"), row_M
-        hidden_NTD = body_of(self.model)(input_ids=input_ids_NT, use_cache=False)[0]
-        hidden_MD = hidden_NTD.flatten(0, 1).index_select(0, row_M * input_ids_NT.shape[1] + position_M)
+        hidden_MD = self.rows.hidden(input_ids_NT, row_M, position_M, clients)
         if not isinstance(head.weight_VD, PerClient):
             return nll_chunked(hidden_MD, target_M, head), row_M
         parts = []
@@ -81,8 +83,7 @@ class CausalLM:
             z = self.model(input_ids=input_ids_NT, use_cache=False).logits
             read_PX = z[row_P, position_P]
         else:
-            hidden_NTD = body_of(self.model)(input_ids=input_ids_NT, use_cache=False)[0]
-            read_PX = hidden_NTD[row_P, position_P]
+            read_PX = self.rows.hidden(input_ids_NT, row_P, position_P, 1)
             if isinstance(head.weight_VD, PerClient):
                 raise RuntimeError("likelihoods of single targets are asked of one client's model at a time")
         size = head.weight_VD.shape[0] if head is not None else read_PX.shape[1]

@@ -159,7 +159,7 @@ class ModelAnswerer:
         self.adapter, self.tokenizer, self.batch_size = adapter, tokenizer, batch_size
         self.chat_template, self.on_progress = chat_template, on_progress
         self.tree_C = {name: leaf[None] for name, leaf in tree.items()}
-        self.causal = CausalLM(adapter.model)
+        self.causal = getattr(adapter, "causal", None) or CausalLM(adapter.model)
         positions = positions_of(adapter.model)
         self.positions = positions if isinstance(positions, int) else None
         self._fitted: dict[int, tuple[Request, _Fitted]] = {}

@@ -41,10 +41,11 @@ class Rows:
         narrows: the last block works on the positions asked about only.
     """
 
+    way: Literal["auto", "padded", "packed"] = "auto"
+    shares = narrows = True
+
     def __init__(self, model: nn.Module, body: nn.Module) -> None:
         self.model, self.body = model, body
-        self.way: Literal["auto", "padded", "packed"] = "auto"
-        self.shares = self.narrows = True
         self._blocks = _blocks(model, body)
         self._parameters = sum(p.numel() for block in self._blocks for p in block.parameters())
         self._can_pack: bool | None = None  # None: not tried yet

@@ -16,7 +16,8 @@ HEADER = """\
 # Every package fedloom is developed and tested with, for Python 3.11 and later on Linux and macOS.
 # Made by `make lock` from pyproject.toml; do not edit. `make install` installs it.
 """
-CUDA_PACKAGE = re.compile(r"^(nvidia|cuda|triton|pytorch-triton)", re.IGNORECASE)
+# Triton itself is no gigabytes, and its interpreter needs no GPU; there is none for macOS.
+CUDA_PACKAGE = re.compile(r"^(nvidia|cuda|pytorch-triton|triton(?!==\S+ ; sys_platform == 'linux'$))", re.IGNORECASE)
 PIN = re.compile(r"^[a-z0-9][a-z0-9.-]*==[a-z0-9.!]+( ; .+)?$")
 
 

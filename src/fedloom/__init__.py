@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         prompt_tuning,
         seed_space,
         with_recompute,
+        with_triton,
     )
     from fedloom.aggregates import fed_exp, fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
     from fedloom.clients import (
@@ -76,6 +77,7 @@ _HOMES = {
         "prompt_tuning",
         "seed_space",
         "with_recompute",
+        "with_triton",
     ),
     "fedloom.aggregates": (
         "fed_exp",
@@ -201,6 +203,7 @@ __all__ = [
     "with_dropout",
     "with_ranks",
     "with_recompute",
+    "with_triton",
     "yogi",
     "zo_client",
 ]

@@ -6,7 +6,7 @@ from fedloom.adapters.dpo import Dpo, Rewards, dpo
 from fedloom.adapters.full import full
 from fedloom.adapters.ia3 import Ia3, ia3
 from fedloom.adapters.last_layers import last_layers
-from fedloom.adapters.lora import Lora, lora
+from fedloom.adapters.lora import Lora, lora, with_triton
 from fedloom.adapters.p_tuning import PTuning, p_tuning
 from fedloom.adapters.prefix_tuning import PrefixTuning, prefix_tuning
 from fedloom.adapters.prompt_tuning import PromptTuning, prompt_tuning
@@ -35,4 +35,5 @@ __all__ = [
     "prompt_tuning",
     "seed_space",
     "with_recompute",
+    "with_triton",
 ]

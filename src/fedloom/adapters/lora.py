@@ -9,6 +9,7 @@ S merged rank, L adapted layers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from fedloom.adapters.frame import Frame, adapter_dtype, check_tree
 from fedloom.adapters.targets import features, find_targets
 from fedloom.errors import UserError
 from fedloom.models.peft_folder import PEFT_PREFIX, read_folder, short_names, write_folder
+from fedloom.ops.cohort_lora import MAX_RANK, Product, fused, plain, why_not_fused
 from fedloom.ops.low_rank import MERGE_A, MERGE_B, A, B, beside, slimmed
 from fedloom.ops.ranks import Ranks
 from fedloom.seeds import generator
-from fedloom.types import FIXED, NOTHING, Client, Tree
+from fedloom.types import FIXED, NOTHING, Adapter, Client, Tree
 
 SCALE = FIXED + "lora_scale"  # [L]: a client's own scale of each layer, a leaf of its tree as ranks differ in a cohort
 Bias = Literal["none", "lora_only", "all"]
@@ -90,22 +92,40 @@ class Variant(NamedTuple):
     merges: bool = True  # whether products of factors may be added to the frozen weights
 
 
-def cohort_lora(x: Tensor, y: Tensor, bound: Bound) -> Tensor:
-    """y + scale * B A x, with the cohort outermost in the first axis of x [C * B, ..., D] and y [C * B, ..., O].
-
-    The factors are cast to the activations' dtype for the product; their gradients come back in their own.
-    """
+def cohort_lora(x: Tensor, y: Tensor, bound: Bound, product: Product = plain) -> Tensor:
+    """y + scale * B A x, with the cohort outermost in the first axis of x [C * B, ..., D] and y [C * B, ..., O]."""
     c = bound.A_CRD.shape[0]
     x_CND, y_CNO = x.reshape(c, -1, x.shape[-1]), y.reshape(c, -1, y.shape[-1])
     if bound.drop is not None:
         x_CND = bound.drop(x_CND)
-    a_CRD, b_COR = bound.A_CRD.to(x.dtype), (bound.B_COR * bound.scale_C.view(-1, 1, 1)).to(x.dtype)
-    if c == 1:
-        return torch.addmm(y_CNO[0], x_CND[0] @ a_CRD[0].T, b_COR[0].T).view_as(y)
-    return torch.baddbmm(y_CNO, torch.bmm(x_CND, a_CRD.mT), b_COR.mT).view_as(y)
+    return product(x_CND, y_CNO, bound.A_CRD, bound.B_COR, bound.scale_C).view_as(y)
 
 
 PLAIN = Variant("lora", cohort_lora, (), lambda layer: {}, lambda w_OD, ba_OD, leaves: w_OD + ba_OD, {})
+FUSED = PLAIN._replace(apply=functools.partial(cohort_lora, product=fused))
+
+
+def with_triton(adapter: Adapter) -> Adapter:
+    """The same LoRA adapter, whose products are Triton's kernels: other last digits, the same result.
+
+    Raises:
+        UserError: it is no plain LoRA, or the kernels cannot run where the model is.
+    """
+    if not isinstance(adapter, Lora) or adapter.variant not in (PLAIN, FUSED):
+        kind = getattr(adapter, "kind", "this adapter")
+        raise UserError(f"Triton's kernels are for LoRA, not {kind}", "runtime.lora_kernel: plain", "adapter.kernel")
+    weight = next(iter(adapter.sites.values())).weight
+    assert isinstance(weight, Tensor)
+    reason = why_not_fused(weight.device)
+    most = max(adapter.ranks.at(name) for name in adapter.sites)
+    if weight.dtype == torch.float64:
+        reason = "its kernels have no float64"
+    elif most > MAX_RANK:
+        reason = f"its kernels take ranks up to {MAX_RANK}, and there is one of {most}"
+    if reason is not None:
+        raise UserError(f"runtime.lora_kernel is triton: {reason}", "runtime.lora_kernel: plain", "adapter.kernel")
+    adapter.variant = FUSED
+    return adapter
 
 
 class Lora(Frame):

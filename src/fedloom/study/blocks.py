@@ -441,6 +441,11 @@ class RuntimeRecipe(Block):
         description="Keep no activations of the decoder's blocks in training, but run each block again in the backward "
         "pass: much less memory, one more forward pass, the same numbers.",
     )
+    lora_kernel: Literal["plain", "triton"] = Field(
+        "plain",
+        description="What multiplies LoRA's factors: torch's batched products, or Triton's kernels on a CUDA GPU, "
+        "forward and backward. Only for LoRA of ranks up to 128. Which is faster: python -m benchmarks.gpu.",
+    )
     client_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Share of a round's clients that fail, simulated."
     )

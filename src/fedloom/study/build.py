@@ -24,6 +24,7 @@ from fedloom.adapters import (
     prompt_tuning,
     seed_space,
     with_recompute,
+    with_triton,
 )
 from fedloom.adapters import start as starting
 from fedloom.aggregates import fed_exp, fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
@@ -326,6 +327,8 @@ CLIENTS: Mapping[str, Callable[[Recipe, int], ClientUpdate]] = {
 
 def adapter_of(base: Base, recipe: Recipe) -> Adapter:
     adapter = ADAPTERS[recipe.adapter.kind](base, recipe.adapter)
+    if recipe.runtime.lora_kernel == "triton":
+        adapter = with_triton(adapter)
     if recipe.runtime.gradient_checkpointing:
         adapter = with_recompute(adapter)
     if recipe.data.type == "preference":

@@ -232,6 +232,11 @@ def _runtime_objections(recipe: Recipe) -> Iterator[Objection]:
             f"true would have no effect: client.kind is {recipe.client.kind}, which has no backward pass and keeps no "
             "activations",
         )
+    if runtime.lora_kernel != "plain" and recipe.adapter.kind != "lora":
+        yield Objection(
+            ("runtime.lora_kernel", "adapter.kind"),
+            f"{runtime.lora_kernel} would have no effect: adapter.kind is {recipe.adapter.kind}; lora has it",
+        )
     if recipe.method == "fedbuff" and runtime.kind != "buffered":
         yield Objection(
             ("runtime.kind", "method"), f"{runtime.kind}, but fedbuff is asynchronous: buffered, or method: fedavg"

@@ -1,0 +1,1 @@
+"""fedloom against Hugging Face's Trainer with PEFT on one GPU, and LoRA's two products: see README.md."""

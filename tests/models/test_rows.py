@@ -13,6 +13,7 @@ from torch import nn
 
 from fedloom.adapters import dpo, full, lora, with_recompute
 from fedloom.models.causal import CausalLM
+from fedloom.models.rows import Rows
 from fedloom.ops import packing
 from fedloom.ops.packing import pick, pick_of
 from fedloom.runtimes.cohort import collate
@@ -179,6 +180,34 @@ def test_small_work_stays_padded_and_large_work_is_packed():
     adapter.causal.rows._parameters = 10**9
     adapter.loss(moved(adapter, 2), ragged(2))
     assert adapter.causal.rows._can_pack is True
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "prompt_tuning"])
+def test_clients_one_after_the_other(kind, monkeypatch):
+    adapter = KINDS[kind](in_doubles(llama()))
+    passes = []
+    adapter.causal.rows.body.register_forward_pre_hook(lambda *_: passes.append(1))
+    want_loss, want = gradients(adapter, ragged(3), "narrowed")
+    together = len(passes)
+    monkeypatch.setattr(Rows, "apart", lambda self, labels: True)
+    got_loss, got = gradients(adapter, ragged(3), "narrowed")
+    assert len(passes) == together + 3
+    assert float((want_loss - got_loss).abs().max()) < 1e-10
+    assert gap(want, got) < 1e-10
+
+
+def test_clients_go_apart_where_padding_between_them_costs_more_than_passes():
+    rows = lora(llama(), rank=2).causal.rows
+    labels = torch.full((2, 1, 400), -100)
+    labels[0, 0, 1:399], labels[1, 0, 1:20] = 5, 5
+    assert not rows.apart(labels), "a small model"
+    rows._parameters = 10**7
+    assert rows.apart(labels)
+    assert not rows.apart(labels[:1])
+    labels[1] = labels[0]
+    assert not rows.apart(labels), "nothing is padded"
+    rows.way = "padded"
+    assert not rows.apart(labels)
 
 
 @pytest.mark.parametrize("kind", ["dropout", "prefix_tuning"])

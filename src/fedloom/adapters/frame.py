@@ -94,12 +94,24 @@ class Frame:
         return torch.zeros_like(count_C, dtype=torch.float64).index_add(0, client_M, nll_M.double()), count_C
 
     def _nll(self, tree_C: Tree, batch_CBT: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        c = len(batch_CBT["input_ids"])
+        if self.causal.rows.apart(batch_CBT["labels"]):
+            alone = [
+                self._nll_together(tree, batch) for tree, batch in zip(_each(tree_C), _each(batch_CBT), strict=True)
+            ]
+            nll_M = torch.cat([nll for nll, _ in alone])
+            client_M = torch.cat([client + number for number, (_, client) in enumerate(alone)])
+        else:
+            nll_M, client_M = self._nll_together(tree_C, batch_CBT)
+        return nll_M, client_M, torch.bincount(client_M, minlength=c)
+
+    def _nll_together(self, tree_C: Tree, batch_CBT: Batch) -> tuple[Tensor, Tensor]:
+        """(nll_M, client_M) of one pass through the model."""
         ids_CBT, labels_CBT = batch_CBT["input_ids"], batch_CBT["labels"]
         c, b, _ = ids_CBT.shape
         with self.bind(tree_C, batch_CBT.get(SEED)):
             nll_M, row_M = self.causal.nll(ids_CBT.flatten(0, 1), labels_CBT.flatten(0, 1), c)
-        client_M = row_M // b
-        return nll_M, client_M, torch.bincount(client_M, minlength=c)
+        return nll_M, row_M // b
 
     @contextlib.contextmanager
     def bound(self, tree_C: Tree, seed_C: Tensor | None = None) -> Iterator[nn.Module]:
@@ -134,6 +146,12 @@ class Frame:
             "export the adapter: --format lora writes its PEFT folder",
             "export.kind",
         )
+
+
+def _each(values_C: Tree) -> list[dict[str, Tensor]]:
+    """One client after the other; each leaf's gradient is put together once."""
+    parts = {name: leaf.split(1) for name, leaf in values_C.items()}
+    return [{name: part[c] for name, part in parts.items()} for c in range(len(next(iter(parts.values()))))]
 
 
 def adapter_dtype(weight: Any) -> torch.dtype:

@@ -30,6 +30,7 @@ WORKS_WITH = ("sdpa", "eager", "fedloom_cpu")  # attentions that take padded row
 CPU_FLOPS, GPU_FLOPS = 4e10, 2e14  # per second
 PER_BLOCK_SECONDS = 2e-4  # gathers, forward and backward
 PER_PASS_SECONDS = 1e-3  # the layout
+PER_BLOCK_PASS_SECONDS = 1.5e-3  # a block's own operations, however few its tokens are
 
 
 class Rows:
@@ -62,6 +63,18 @@ class Rows:
             return hidden_NTD.flatten(0, 1).index_select(0, row_M * ids_NT.shape[1] + position_M)
         return self._run(layout, rows, positions, len(ids_NT), self.narrows and self._can_narrow)
 
+    def apart(self, labels_CBT: Tensor) -> bool:
+        """Whether clients had better go one after the other: what one pass would pad between them costs more."""
+        if self.way == "padded" or self._can_pack is False or len(labels_CBT) == 1 or labels_CBT.device.type == "meta":
+            return False
+        labelled = labels_CBT.cpu().numpy() != -100
+        t = labelled.shape[2]
+        need_CB = np.where(labelled.any(2), t - 1 - labelled[:, :, ::-1].argmax(2), 0)
+        tokens_C = need_CB.sum(1)
+        saved = len(tokens_C) * int(tokens_C.max()) - int(tokens_C.sum())
+        passes = (len(tokens_C) - 1) * (PER_PASS_SECONDS + PER_BLOCK_PASS_SECONDS * len(self._blocks))
+        return self._seconds(saved) > passes
+
     # ---- which way -------------------------------------------------------------------------------------------------
 
     def _layout(self, ids_NT: Tensor, row_M: Ints, position_M: Ints, clients: int) -> Layout | None:
@@ -87,9 +100,12 @@ class Rows:
         return found if self._can_pack else None
 
     def _pays(self, saved_tokens: int) -> bool:
+        return self._seconds(saved_tokens) > PER_PASS_SECONDS + PER_BLOCK_SECONDS * len(self._blocks)
+
+    def _seconds(self, tokens: int) -> float:
+        """What a forward and a backward pass of so many tokens cost: the weights are frozen, or nearly."""
         device: Any = self.model.device
-        speed = CPU_FLOPS if device.type == "cpu" else GPU_FLOPS
-        return 4 * saved_tokens * self._parameters / speed > PER_PASS_SECONDS + PER_BLOCK_SECONDS * len(self._blocks)
+        return 4 * tokens * self._parameters / (CPU_FLOPS if device.type == "cpu" else GPU_FLOPS)
 
     @torch.no_grad()
     def _try(self, clients: int, device: torch.device) -> bool:

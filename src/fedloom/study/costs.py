@@ -26,7 +26,8 @@ is needed; that of the adapter's last product is counted all the same).
 Without gradients (MeZO, FedKSeed) a step is two forward passes: 4 F T, 4 N T, 4 H M and 8 L D P. Making the directions
 is no matrix product and not counted.
 
-`flops` takes real tokens, `flops_padded` what went through the machine. Mixtures of experts are not modelled.
+`flops` takes real tokens, `flops_padded` those of padded rows; packed rows (`models/rows.py`) compute less than either.
+Mixtures of experts are not modelled.
 """
 
 from __future__ import annotations

@@ -120,9 +120,9 @@ class ArmCosts(TypedDict):
     rounds: NotRequired[Count]
     samples: NotRequired[Count]  # examples trained on, all clients together
     samples_per_model: NotRequired[Amount]  # of them, what one model has seen: for `local` the mean over its models
-    padded_tokens: NotRequired[Count]  # what went through the model, padding included
+    padded_tokens: NotRequired[Count]  # of padded rows; packed rows need fewer
     flops: NotRequired[Amount]  # of training, an estimate on real tokens
-    flops_padded: NotRequired[Amount]  # the same on padded tokens: what the machine computed
+    flops_padded: NotRequired[Amount]  # the same on padded tokens
     peak_memory_bytes: NotRequired[Count]
     peak_memory_of: NotRequired[Literal["arm", "process"]]  # "process": the highest since the process began
     trainable_share: NotRequired[Share]

@@ -1,7 +1,8 @@
-"""Run every side in a process of its own, one after the other, and write results.json and RESULTS.md.
+"""Run every side in a process tree of its own, one after the other, and write results.json and RESULTS.md.
 
-A repetition runs (a), (b) and (c) back to back, and ratios are taken inside a repetition, so that a machine that others
-use as well spoils them little; the median over repetitions is what counts.
+A repetition runs the sides back to back, and ratios are taken inside a repetition, so that a machine that others use as
+well spoils them little; the median over repetitions is what counts. Every run is saved as it comes: a benchmark broken
+off goes on where it was when it is started again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import datetime
 import json
 import os
 import platform
-import statistics
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,93 +21,169 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.throughput.work import Work
+from benchmarks.throughput import environments
+from benchmarks.throughput.report import report
+from benchmarks.throughput.sides import PEERS, ROOT, SIDES, Side, environment
+from benchmarks.throughput.work import Work, held_out_loss
 
 HERE = Path(__file__).parent
-SIDES = {
-    "a": ("bare", []),
-    "b": ("woven", []),
-    "c": ("woven", ["--defaults"]),
-}
-LABELS = {
-    "a": "(a) bare PyTorch + PEFT, float32",
-    "b": "(b) fedloom, same settings, one client at a time",
-    "c": "(c) fedloom's defaults",
-}
-# The same examples per client at batch 1 as at batch 4.
+LIMIT_SECONDS = 1800.0
+# The same rows per client at batch 1 as at batch 4; each side a minute or so of CPU time.
 SETTINGS = (
     Work(clients=3, batch=4, steps=10, rounds=2),
     Work(clients=3, batch=1, steps=40, rounds=2),
-    Work(clients=30, batch=4, steps=3, rounds=1),
-    Work(clients=30, batch=1, steps=12, rounds=1),
+    Work(clients=30, batch=4, steps=2, rounds=1),
+    Work(clients=30, batch=1, steps=8, rounds=1),
+    Work(clients=3, batch=4, steps=2, rounds=2, model="100M", held_out=12),
+    Work(clients=3, batch=1, steps=8, rounds=2, model="100M", held_out=12),
 )
-QUICK = (Work(clients=3, batch=4, steps=4, rounds=1), Work(clients=10, batch=1, steps=6, rounds=1))
-# The same pass in both, and enough steps with few clients that the longest rows and every shape come by.
-MEMORY = (Work(clients=4, batch=4, steps=40, rounds=1), Work(clients=1000, batch=4, steps=1, rounds=1))
-TARGETS = "(b) at most 1.05 x the CPU time of (a); (c) at least 2.5 x the tokens per CPU-second of (a), held-out loss "
+TINY = (Work(clients=3, batch=2, steps=2, rounds=2, rows=60, model="tiny", held_out=8),)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two small settings, one repetition, nothing written")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--no-memory", action="store_true", help="leave out the run with 1,000 clients")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for results.json and RESULTS.md")
-    given = parser.parse_args()
-    settings = QUICK if given.quick else SETTINGS
-    repetitions = 1 if given.quick else given.repetitions
-    results: dict[str, Any] = {"machine": machine(), "runs": [], "memory": [], "base_loss": None}
+    given = arguments()
+    settings = [work for work in (TINY if given.tiny else SETTINGS) if given.settings in work.name]
+    sides = chosen(given)
+    out: Path | None = given.out or (None if given.tiny else HERE)
+    results = earlier(out, given)
+    pythons = environments_of(sides, given.cache, results)
     with tempfile.TemporaryDirectory(prefix="fedloom-bench-") as scratch:
-        for repetition in range(repetitions):
+        for repetition in range(given.reps):
             for setting in settings:
                 work = Work(**{**asdict(setting), "seed": repetition})
+                due = [side for side in sides if is_due(side, work, results, pythons)]
+                if not due:
+                    continue
                 folder = prepared(work, Path(scratch))
-                for side in rotated(list(SIDES), repetition):
-                    results["runs"].append(one_run(side, work, folder, Path(scratch)) | {"repetition": repetition})
-        if not (given.quick or given.no_memory):
-            for work in MEMORY:
-                results["memory"].append(one_run("c", work, prepared(work, Path(scratch)), Path(scratch)))
-    text = report(results)
-    print(text)
-    if not given.quick:
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        (given.out / "RESULTS.md").write_text(text, encoding="utf-8")
+                for side in rotated(due, repetition):
+                    results["runs"].append(one_run(side, work, folder, pythons.get(side.key), Path(scratch)))
+                    save(out, results)
+                shutil.rmtree(folder)
+    print(report(results))
+    save(out, results)
+    failed = [run for run in results["runs"] if "failed" in run]
+    if failed:
+        sys.exit("\n".join(f"{run['side']} failed at {run['setting']}:\n{run['failed']}" for run in failed))
 
 
-def rotated(sides: list[str], by: int) -> list[str]:
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="a toy in seconds: nothing written unless --out is given")
+    parser.add_argument("--reps", type=int, default=3, help="repetitions, each with its own data (default 3)")
+    parser.add_argument(
+        "--peers", default="", help=f"other frameworks to run as well, of {','.join(PEERS)}, or all; made in --cache"
+    )
+    parser.add_argument("--sides", default="", help=f"only these, of {','.join(SIDES)}; peers are among them")
+    parser.add_argument("--settings", default="", help="only settings whose name has this in it, e.g. 100M or 10M-30")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "throughput", help="where peers are installed")
+    parser.add_argument("--out", type=Path, help="folder for results.json and RESULTS.md (default: beside the program)")
+    parser.add_argument("--again", default="", help="forget what is known of these sides (or all) and run them anew")
+    parser.add_argument("--page", action="store_true", help="run nothing; write RESULTS.md anew from results.json")
+    given = parser.parse_args()
+    if given.page:
+        given.reps = 0
+    return given
+
+
+def chosen(given: argparse.Namespace) -> list[Side]:
+    peers = list(PEERS) if given.peers == "all" else [name for name in given.peers.split(",") if name]
+    keys = [key for key in given.sides.split(",") if key]
+    wrong = sorted(set(peers) - set(PEERS)) + sorted(set(keys) - set(SIDES))
+    if wrong:
+        sys.exit(f"no such peer or side: {', '.join(wrong)}; peers: {', '.join(PEERS)}; sides: {', '.join(SIDES)}")
+    if keys:
+        return [side for key, side in SIDES.items() if key in keys]
+    if given.tiny and not peers:
+        return [SIDES[key] for key in ("a", "b", "c")]
+    return [side for side in SIDES.values() if not side.peer or side.program in peers]
+
+
+def earlier(out: Path | None, given: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier call has measured, less what is asked for again; failures are always tried again."""
+    results: dict[str, Any] = {"machine": machine(), "runs": [], "left_out": {}}
+    path = out / "results.json" if out is not None else None
+    if path is not None and path.exists() and given.again != "all":
+        found = json.loads(path.read_text(encoding="utf-8"))
+        again = given.again.split(",")
+        results["runs"] = [run for run in found["runs"] if run["side"] not in again and "failed" not in run]
+        results["left_out"] = found["left_out"]
+        if given.page:
+            results["machine"] = found["machine"]
+    return results
+
+
+def environments_of(sides: list[Side], cache: Path, results: dict[str, Any]) -> dict[str, Path]:
+    pythons = {}
+    for side in sides:
+        if side.peer:
+            found = environments.ready(side.program, cache)
+            if isinstance(found, Path):
+                pythons[side.key] = found
+                results["left_out"].pop(side.key, None)
+            else:
+                results["left_out"][side.key] = found
+                print(f"{side.program} cannot be installed and is left out: {found}", file=sys.stderr)
+    return pythons
+
+
+def is_due(side: Side, work: Work, results: dict[str, Any], pythons: dict[str, Path]) -> bool:
+    if side.peer and (side.key not in pythons or work.clients > (side.max_clients or work.clients)):
+        return False
+    return not any(
+        (run["side"], run["setting"], run["repetition"]) == (side.key, work.name, work.seed) for run in results["runs"]
+    )
+
+
+def rotated(sides: list[Side], by: int) -> list[Side]:
     by %= len(sides)
     return sides[by:] + sides[:by]
 
 
-def child(module: str, *arguments: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+def prepared(work: Work, scratch: Path) -> Path:
+    folder = scratch / f"{work.name}-{work.seed}"
+    command = [sys.executable, "-m", "benchmarks.throughput.work", str(folder), json.dumps(asdict(work))]
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.throughput.{module}", *arguments],
-        cwd=HERE.parent.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        command, cwd=ROOT, env=environment(SIDES["a"], folder), capture_output=True, text=True, check=False
     )
     if done.returncode:
-        sys.exit(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
-
-
-def prepared(work: Work, scratch: Path) -> Path:
-    folder = scratch / f"{work.clients}-{work.batch}-{work.seed}"
-    child("work", str(folder), json.dumps(asdict(work)))
+        sys.exit(f"the work could not be made:\n{done.stderr[-4000:]}")
     return folder
 
 
-def one_run(side: str, work: Work, folder: Path, scratch: Path) -> dict[str, Any]:
-    module, more = SIDES[side]
-    out = scratch / "out.json"
-    load = os.getloadavg()[0]
-    child(module, str(folder), str(out), *more)
-    found: dict[str, Any] = {"side": side, **asdict(work), "load_before": load, **json.loads(out.read_text())}
+def one_run(side: Side, work: Work, folder: Path, python: Path | None, scratch: Path) -> dict[str, Any]:
+    out, cost = scratch / "out", scratch / "cost.json"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    found: dict[str, Any] = {
+        "setting": work.name,
+        "side": side.key,
+        "repetition": work.seed,
+        **asdict(work),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "load_before": os.getloadavg()[0],
+    }
+    supervise = [sys.executable, "-m", "benchmarks.throughput.supervise", str(cost), str(LIMIT_SECONDS)]
+    with open(scratch / "log", "w+", encoding="utf-8", errors="replace") as log:
+        done = subprocess.run(
+            [*supervise, *side.command(python, folder, out, work.clients)],
+            cwd=out if side.peer else ROOT,
+            env=environment(side, out) | {"PYTHONPATH": str(ROOT)} if side.peer else environment(side, out),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        log.seek(0)
+        said = log.read()
+    if done.returncode == 0:
+        found |= json.loads(cost.read_text())
+    if done.returncode or found["return_code"] or not (out / "adapter.safetensors").exists():
+        print(f"({side.key}) {side.label} failed at {work.name}:\n{said[-3000:]}", file=sys.stderr, flush=True)
+        return {**found, "failed": said[-3000:]}
+    found |= noted(out)
+    found["held_out_loss"] = held_out_loss(folder, adapter_in(out))
     print(
-        f"{LABELS[side]}: {work.clients} clients, batch {work.batch}: {rate(found):,.0f} tokens per CPU-second, "
+        f"({side.key}) {side.label}: {work.name}: {found['tokens'] / found['cpu_seconds']:,.0f} tokens per CPU-second, "
+        f"{found['cpu_seconds']:.1f} CPU s ({found['train_cpu_seconds']:.1f} in training), "
         f"{found['peak_memory_bytes'] / 2**20:,.0f} MiB, held-out loss {found['held_out_loss']:.4f}",
         file=sys.stderr,
         flush=True,
@@ -114,80 +191,36 @@ def one_run(side: str, work: Work, folder: Path, scratch: Path) -> dict[str, Any
     return found
 
 
-def rate(run: dict[str, Any]) -> float:
-    """Non-padding tokens per CPU-second of training."""
-    return float(run["tokens"] / run["train_cpu_seconds"])
-
-
-# ---- the report ------------------------------------------------------------------------------------------------------
-
-
-def report(results: dict[str, Any]) -> str:
-    lines = ["# Throughput: the same federated work by a bare loop and by fedloom", ""]
-    lines += [f"{key}: {value}  " for key, value in results["machine"].items()]
-    lines += [
-        "",
-        f"Targets: {TARGETS}within 1 %; memory at 1,000 clients at most 1.2 x that at 4.",
-        "",
-        "One torch thread. Tokens are those of the text, padding left out. CPU seconds are user and system time of",
-        "the training part; start-up (imports, model, one warm-up step) is beside them. Medians over repetitions;",
-        "ratios are taken inside a repetition.",
-        "",
-    ]
-    settings = sorted({(run["clients"], -run["batch"]) for run in results["runs"]})
-    for clients, minus_batch in settings:
-        lines += setting_table(results, clients, -minus_batch)
-    if results["memory"]:
-        lines += memory_table(results["memory"])
-    return "\n".join(lines) + "\n"
-
-
-def setting_table(results: dict[str, Any], clients: int, batch: int) -> list[str]:
-    runs = [run for run in results["runs"] if (run["clients"], run["batch"]) == (clients, batch)]
-    by_side: dict[str, dict[int, dict[str, Any]]] = {side: {} for side in SIDES}
-    for run in runs:
-        by_side[run["side"]][run["repetition"]] = run
-    first = runs[0]
+def noted(out: Path) -> dict[str, Any]:
+    """What the side's processes have written down of their training, added up."""
     lines = [
-        f"## {clients} clients, batch {batch} ({first['rounds']} rounds of {first['steps']} steps)",
-        "",
-        "| | tokens per CPU-s | x (a) | CPU time, x (a) | tokens per s | start-up CPU s | peak MiB | loss | vs (a) |",
-        "|---|---|---|---|---|---|---|---|---|",
+        json.loads(line) for path in out.glob("training-*.jsonl") for line in path.read_text().splitlines() if line
     ]
-    for side, reps in by_side.items():
-        faster = median(rate(run) / rate(by_side["a"][number]) for number, run in reps.items())
-        loss = median(run["held_out_loss"] / by_side["a"][number]["held_out_loss"] - 1 for number, run in reps.items())
-        detail = reps[min(reps)]
-        label = LABELS[side]
-        if side == "c":
-            label += f": {detail['dtype']}, {detail['clients_per_pass']} clients in a pass"
-        lines.append(
-            f"| {label} | {median(map(rate, reps.values())):,.0f} | {faster:.2f} | {1 / faster:.2f} "
-            f"| {median(run['tokens'] / run['wall_seconds'] for run in reps.values()):,.0f} "
-            f"| {median(run['start_cpu_seconds'] for run in reps.values()):.1f} "
-            f"| {median(run['peak_memory_bytes'] / 2**20 for run in reps.values()):,.0f} "
-            f"| {median(run['held_out_loss'] for run in reps.values()):.4f} | {loss:+.2%} |"
-        )
-    return [*lines, ""]
+    return {
+        "tokens": sum(line["tokens"] for line in lines),
+        "train_cpu_seconds": sum(line["cpu_seconds"] for line in lines),
+        **json.loads((out / "more.json").read_text()),
+    }
 
 
-def memory_table(runs: list[dict[str, Any]]) -> list[str]:
-    few = runs[0]["peak_memory_bytes"]
-    lines = ["## Memory of (c) by the number of clients (batch 4)", "", "| clients | peak MiB | ratio |"]
-    lines.append("|---|---|---|")
-    lines += [
-        f"| {run['clients']:,} | {run['peak_memory_bytes'] / 2**20:,.0f} | {run['peak_memory_bytes'] / few:.2f} |"
-        for run in runs
-    ]
-    return [*lines, ""]
+def adapter_in(out: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(out / "adapter.safetensors")
 
 
-def median(values: Any) -> float:
-    return float(statistics.median(values))
+def save(out: Path | None, results: dict[str, Any]) -> None:
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("RESULTS.md", report(results))):
+        fresh = out / f"{name}.new"
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(out / name)
 
 
 def machine() -> dict[str, str]:
-    packages = ("torch", "transformers", "peft", "fedloom")
+    packages = ("torch", "transformers", "peft", "accelerate", "fedloom")
     return {
         "date": datetime.date.today().isoformat(),
         "processor": processor(),
@@ -195,7 +228,20 @@ def machine() -> dict[str, str]:
         "load when started": f"{os.getloadavg()[0]:.1f}",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "packages": ", ".join(f"{name} {metadata.version(name)}" for name in packages),
+        "peers' packages": ", ".join(peer_versions()),
     }
+
+
+def peer_versions() -> list[str]:
+    """The framework's own line of each peer's requirements (they hold our torch, transformers and peft)."""
+    names = {"flower": ("flwr", "ray"), "nvflare": ("nvflare",), "pfl": ("pfl",)}
+    lines = [
+        line.split("==")
+        for peer in environments.known()
+        for line in (environments.PEERS / peer / "requirements.txt").read_text().split()
+        if line.split("==")[0] in names.get(peer, ())
+    ]
+    return [f"{name} {version}" for name, version in lines]
 
 
 def processor() -> str:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-VOCAB = 4096
 BOS, EOS, PAD = 1, 2, 3
 FIRST = 4  # the first token that is a word
 PREAMBLE = 58
@@ -30,6 +29,12 @@ CORRELATION = 0.53
 MAX_LENGTH = 512
 ROWS = 7473
 HELD_OUT = 96
+# Llama models with random weights; the tiny one is for the tests.
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"vocab": 512, "hidden": 32, "inner": 64, "layers": 2, "heads": 2, "tied": False},
+    "10M": {"vocab": 4096, "hidden": 288, "inner": 1024, "layers": 6, "heads": 6, "tied": False},
+    "100M": {"vocab": 32000, "hidden": 768, "inner": 2048, "layers": 12, "heads": 12, "tied": True},
+}
 RANK, ALPHA, TARGETS = 8, 16.0, ("q_proj", "v_proj")
 LEARNING_RATE = 5e-3
 CLIP = 1.0
@@ -45,6 +50,12 @@ class Work:
     rounds: int
     seed: int = 0
     rows: int = ROWS
+    model: str = "10M"
+    held_out: int = HELD_OUT
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.clients}-{self.batch}-{self.steps}x{self.rounds}"
 
 
 @dataclass(frozen=True)
@@ -63,39 +74,48 @@ class Data:
         return np.diff(self.offsets)
 
 
-def make_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """About 10 million random parameters: hidden 288, 6 layers, vocabulary 4,096."""
+def make_model(shape: str, seed: int = 0) -> Any:
+    """A Llama with random weights, float32: 9.7 million parameters for "10M", 110 million for "100M"."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    size = SHAPES[shape]
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=288,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        vocab_size=size["vocab"],
+        hidden_size=size["hidden"],
+        intermediate_size=size["inner"],
+        num_hidden_layers=size["layers"],
+        num_attention_heads=size["heads"],
+        num_key_value_heads=size["heads"],
         max_position_embeddings=MAX_LENGTH,
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=PAD,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
+        tie_word_embeddings=size["tied"],
     )
-    return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    return LlamaForCausalLM(config)
 
 
-def make_data(rows: int, seed: int) -> Data:
-    """`rows` training rows and then HELD_OUT more."""
-    rng = np.random.default_rng(seed)
-    count = rows + HELD_OUT
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The frozen base model from disk, as every side loads it."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=dtype, attn_implementation="sdpa")
+    model.config.use_cache = False
+    return model.eval().requires_grad_(False)
+
+
+def make_data(work: Work) -> Data:
+    """The training rows and then those held out."""
+    rng = np.random.default_rng(work.seed)
+    count = work.rows + work.held_out
     z = rng.standard_normal((2, count))
     z[1] = CORRELATION * z[0] + np.sqrt(1 - CORRELATION**2) * z[1]
     questions = np.exp(QUESTION[0] + QUESTION[1] * z[0]).round().astype(np.int64).clip(5, 200)
     answers = np.exp(ANSWER[0] + ANSWER[1] * z[1]).round().astype(np.int64).clip(5, 240)
     prompts = 1 + PREAMBLE + questions
     lengths = prompts + answers + 1
-    text = _language(count, int(lengths.max()), rng)
+    text = _language(SHAPES[work.model]["vocab"], count, int(lengths.max()), rng)
     text[:, 0] = BOS
     text[:, 1 : 1 + PREAMBLE] = np.arange(FIRST, FIRST + PREAMBLE)
     text[np.arange(count), lengths - 1] = EOS
@@ -104,9 +124,9 @@ def make_data(rows: int, seed: int) -> Data:
     return Data(ids.astype(np.int32), offsets, prompts)
 
 
-def _language(rows: int, tokens: int, rng: np.random.Generator) -> NDArray[np.int64]:
+def _language(vocab: int, rows: int, tokens: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Random walks over words, each of which has eight successors; frequent words are successors of many."""
-    words = VOCAB - FIRST
+    words = vocab - FIRST
     frequency = 1 / np.arange(1, words + 1)
     successors = rng.choice(words, size=(words, 8), p=frequency / frequency.sum())
     odds = np.array([0.4, 0.2, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05])
@@ -129,7 +149,7 @@ def prepare(work: Work, folder: Path) -> None:
     from fedloom.adapters import lora
     from fedloom.data.batches import round_batches
 
-    data = make_data(work.rows, work.seed)
+    data = make_data(work)
     examples = federated_examples(work, data)
     plan: dict[str, NDArray[np.int64]] = {}
     for round in range(work.rounds):
@@ -153,7 +173,9 @@ def prepare(work: Work, folder: Path) -> None:
     np.savez(folder / "data.npz", ids=data.ids, offsets=data.offsets, prompts=data.prompts)
     np.savez(folder / "plan.npz", **plan)  # type: ignore[arg-type]  # numpy's own signature names allow_pickle first
     (folder / "work.json").write_text(json.dumps(asdict(work)))
-    adapter = lora(make_model(), rank=RANK, alpha=ALPHA, targets=list(TARGETS))
+    model = make_model(work.model)
+    model.save_pretrained(folder / "model")
+    adapter = lora(model, rank=RANK, alpha=ALPHA, targets=list(TARGETS))
     adapter.export(adapter.init(work.seed), folder / "start")
 
 
@@ -165,7 +187,9 @@ def federated_examples(work: Work, data: Data) -> dict[str, Any]:
     position = np.arange(len(data.ids)) - np.repeat(data.offsets[:-1], lengths)
     trained = position >= np.repeat(data.prompts, lengths)
     targets = (lengths - data.prompts).astype(np.int32)
-    tokens = Tokens(data.ids, trained, data.offsets, np.arange(len(lengths), dtype=np.int32), targets)
+    numbers = np.arange(len(lengths), dtype=np.int32)
+    digests = np.arange(2 * len(lengths), dtype=np.uint64).reshape(-1, 2)  # no two rows are the same
+    tokens = Tokens(data.ids, trained, data.offsets, numbers, targets, digests)
     return {f"c{number:04d}": Examples(tokens, rows) for number, rows in enumerate(client_rows(work))}
 
 
@@ -195,12 +219,13 @@ def pad(data: Data, rows: NDArray[np.int64]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def held_out_loss(data: Data, adapter: dict[str, torch.Tensor] | None) -> float:
-    """Mean loss per answer token of the HELD_OUT rows, always in float32 by plain transformers, adapter merged.
+def held_out_loss(folder: Path, adapter: dict[str, torch.Tensor] | None) -> float:
+    """Mean loss per answer token of the rows held out, always in float32 by plain transformers, adapter merged.
 
     `adapter` has PEFT's names; None is the untouched base.
     """
-    model = make_model()
+    work, data, _ = load(folder)
+    model = load_model(folder)
     merged = 0
     for name, module in model.named_modules():
         a = (adapter or {}).get(f"base_model.model.{name}.lora_A.weight")
@@ -211,8 +236,8 @@ def held_out_loss(data: Data, adapter: dict[str, torch.Tensor] | None) -> float:
     if adapter is not None and 2 * merged != len(adapter):
         raise RuntimeError(f"{len(adapter)} adapter tensors, but {merged} pairs found their layer")
     total, count = 0.0, 0
-    rows = len(data.prompts) - HELD_OUT + np.argsort(data.lengths[-HELD_OUT:], kind="stable")
-    for start in range(0, HELD_OUT, 16):
+    rows = work.rows + np.argsort(data.lengths[work.rows :], kind="stable")
+    for start in range(0, work.held_out, 16):
         batch = pad(data, rows[start : start + 16])
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         total += torch.nn.functional.cross_entropy(
@@ -220,21 +245,6 @@ def held_out_loss(data: Data, adapter: dict[str, torch.Tensor] | None) -> float:
         ).item()
         count += int((batch["labels"][:, 1:] != -100).sum())
     return total / count
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has held (its own, not its parent's)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not say how much memory a process has held")
-
-
-def cpu_seconds() -> float:
-    import resource
-
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:

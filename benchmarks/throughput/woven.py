@@ -1,14 +1,13 @@
 """Sides (b) and (c): the same work by fedloom, (b) in the bare loop's settings, (c) with fedloom's defaults.
 
 (b) is float32, one client at a time, the very batches of the bare loop. (c) is what a recipe without a word about speed
-gives: the hardware's data type, clients side by side, batches of similar length.
+gives: the hardware's data type, clients side by side, batches of similar length. `--one` keeps the defaults but one
+client at a time, to compare memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from benchmarks.throughput import note
 from benchmarks.throughput import work as shared
 from safetensors.torch import load_file
 
@@ -24,7 +24,7 @@ from fedloom.data.federation import ClientData, Federation
 from fedloom.models.load import Base, hardware_dtype
 from fedloom.ops.attention import use_fast_attention
 from fedloom.ops.host import tune_host
-from fedloom.rounds import federate, initial_state, run_round
+from fedloom.rounds import federate, initial_state
 from fedloom.runtimes import batched
 from fedloom.study.build import adapter_of, algorithm_of, population_of, sampling_of, width_of
 from fedloom.study.recipe import Recipe
@@ -85,23 +85,22 @@ def recipe_of(work: shared.Work, defaults: bool) -> Recipe:
     )
 
 
-def run(folder: Path, defaults: bool, profile: Path | None = None) -> dict[str, Any]:
+def run(folder: Path, out: Path, *, defaults: bool, one: bool, profile: Path | None = None) -> None:
     work, data, _ = shared.load(folder)
     recipe = recipe_of(work, defaults)
     tune_host(1)
     dtype = hardware_dtype("cpu")[0] if recipe.dtype == "auto" else torch.float32
-    model = shared.make_model(dtype)
-    model.config.use_cache = False
+    model = shared.load_model(folder, dtype)
     use_fast_attention(model)
     tokenizer: Any = SimpleNamespace(pad_token_id=shared.PAD, eos_token_id=shared.EOS)
     base = Base(model, tokenizer, "random", dtype, sum(p.numel() for p in model.parameters()))
     examples = shared.federated_examples(work, data)
     clients = {name: ClientData(name, own, own[:0], own[:0]) for name, own in examples.items()}
-    report: Any = None
+    report: Any = SimpleNamespace(read_as="alpaca")
     federation = Federation(clients, [], None, report, tokenizer, "alpaca")
     adapter = adapter_of(base, recipe)
     algorithm = algorithm_of(recipe)
-    width = width_of(recipe, federation, base) if defaults else 1
+    width = width_of(recipe, federation, base) if defaults and not one else 1
     runtime = batched(width)
     population: Any = population_of(federation, recipe, "federated") if defaults else PlainPopulation(federation, work)
     state = initial_state(algorithm, adapter, recipe.seed)
@@ -110,44 +109,36 @@ def run(folder: Path, defaults: bool, profile: Path | None = None) -> dict[str, 
     if params.keys() != state.params.keys():
         raise RuntimeError("the start adapter has other names than this one")
     state = State(state.seed, 0, params, state.server)
-
-    # What is done once (kernels, caches) is not training.
-    warm = population.open(population.ids[0], 0)
-    run_round(algorithm, adapter, runtime, state, [warm._replace(batches=warm.batches[:1])])
-    start_up = shared.cpu_seconds()
-    began = time.perf_counter()
     tokens = padded = 0.0
 
     def train() -> State:
         nonlocal tokens, padded
-        states = [state]
+        reached = state
         everyone = sampling_of(recipe, "federated", work.clients)
         loop = federate(algorithm, adapter, runtime, state, population, rounds=work.rounds, sampling=everyone)
         for after, row in loop:
+            reached = after
             if row.failed:
                 raise RuntimeError(f"clients failed: {row.failed}")
             tokens += row.metrics["tokens"]
             padded += row.metrics["padded_tokens"]
-            states = [after]
-        return states[0]
+        return reached
 
-    if profile is not None:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_stack=False) as seen:
+    with note.training(out) as seen:
+        if profile is not None:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_stack=False) as watched:
+                state = train()
+            profile.write_text(watched.key_averages().table(sort_by="self_cpu_time_total", row_limit=40))
+        else:
             state = train()
-        profile.write_text(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=40))
-    else:
-        state = train()
-    return {
-        "tokens": int(tokens),
-        "padded_tokens": int(padded),
-        "wall_seconds": time.perf_counter() - began,
-        "train_cpu_seconds": shared.cpu_seconds() - start_up,
-        "start_cpu_seconds": start_up,
-        "peak_memory_bytes": shared.peak_memory_bytes(),
-        "held_out_loss": shared.held_out_loss(data, {PEFT_PREFIX + k: v for k, v in state.params.items()}),
-        "dtype": str(dtype).removeprefix("torch."),
-        "clients_per_pass": width,
-    }
+        seen.tokens = int(tokens)
+    note.finish(
+        out,
+        {PEFT_PREFIX + name: leaf for name, leaf in state.params.items()},
+        dtype=str(dtype).removeprefix("torch."),
+        clients_per_pass=width,
+        padded_tokens=int(padded),
+    )
 
 
 def main() -> None:
@@ -155,9 +146,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--defaults", action="store_true")
+    parser.add_argument("--one", action="store_true", help="one client in a pass")
     parser.add_argument("--profile", type=Path)
     given = parser.parse_args()
-    given.out.write_text(json.dumps(run(given.folder, given.defaults, given.profile)))
+    run(given.folder, given.out, defaults=given.defaults, one=given.one, profile=given.profile)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ ANSWER = (4.50, 0.43)
 CORRELATION = 0.53
 MAX_LENGTH = 512
 ROWS = 7473
-HELD_OUT = 96
 # Llama models with random weights; the tiny one is for the tests.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"vocab": 512, "hidden": 32, "inner": 64, "layers": 2, "heads": 2, "tied": False},
@@ -51,7 +50,7 @@ class Work:
     seed: int = 0
     rows: int = ROWS
     model: str = "10M"
-    held_out: int = HELD_OUT
+    held_out: int = 96
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.throughput import bare, environments, run, work, woven
+from benchmarks.throughput import bare, environments, hf_trainer, run, work, woven
 from benchmarks.throughput.report import report
 from benchmarks.throughput.sides import PEERS, SIDES
 from safetensors.torch import load_file
@@ -34,6 +34,8 @@ def outcome(folder: Path, side: str, where: Path) -> Outcome:
     out.mkdir()
     if side == "a":
         bare.run(folder, out)
+    elif side == "g":
+        hf_trainer.run(folder, out)
     else:
         woven.run(folder, out, defaults=side != "b", one=side == "c1")
     adapter = load_file(out / "adapter.safetensors")
@@ -45,9 +47,12 @@ def bare_outcome(prepared: Path) -> Outcome:
     return outcome(prepared, "a", prepared)
 
 
-def test_fedloom_and_the_bare_loop_do_the_same_work(prepared: Path, bare_outcome: Outcome, tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", ["b", "g"])
+def test_a_side_and_the_bare_loop_do_the_same_work(
+    prepared: Path, bare_outcome: Outcome, tmp_path: Path, side: str
+) -> None:
     bare_note, bare_adapter, bare_loss = bare_outcome
-    own_note, own_adapter, own_loss = outcome(prepared, "b", tmp_path)
+    own_note, own_adapter, own_loss = outcome(prepared, side, tmp_path)
     start = load_file(prepared / "start" / "adapter_model.safetensors")
     assert bare_note["tokens"] == own_note["tokens"] > 0
     assert bare_adapter.keys() == own_adapter.keys() == start.keys()

@@ -18,6 +18,7 @@ import ctypes
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from pathlib import Path
 import psutil
 
 EVERY_SECONDS = 0.1
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class Watch:
@@ -77,22 +78,31 @@ def reap() -> None:
             pass
 
 
+def follow_the_parent() -> None:
+    """Be told when the benchmark itself ends, so that nothing of a broken-off run goes on in the background."""
+    libc = ctypes.CDLL(None)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) or libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
+        sys.exit("this system does not let a process wait for its grandchildren")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended with the benchmark"))
+
+
 def main() -> None:
     cost, limit, command = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
-    if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        sys.exit("this system does not let a process wait for its grandchildren")
+    follow_the_parent()
     watch = Watch()
     began = time.perf_counter()
     child = subprocess.Popen(command)
     timed_out = False
-    while child.poll() is None:
-        watch.look()
-        if time.perf_counter() - began > limit:
-            timed_out = True
-            child.kill()
-        time.sleep(EVERY_SECONDS)
-    wall = time.perf_counter() - began
-    end(watch.look())
+    try:
+        while child.poll() is None:
+            watch.look()
+            if time.perf_counter() - began > limit:
+                timed_out = True
+                child.kill()
+            time.sleep(EVERY_SECONDS)
+        wall = time.perf_counter() - began
+    finally:
+        end(watch.look())
     reap()
     waited = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = {

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from benchmarks.throughput import bare, environments, hf_trainer, run, work, woven
@@ -109,6 +110,21 @@ def test_a_run_past_its_limit_is_ended(tmp_path: Path) -> None:
     found = json.loads(cost.read_text())
     assert found["timed_out"]
     assert found["return_code"] != 0
+
+
+def test_nothing_goes_on_when_the_benchmark_is_broken_off(tmp_path: Path) -> None:
+    program = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    command = [sys.executable, "-m", "benchmarks.throughput.supervise", "cost", "60", sys.executable, "-c", program]
+    supervisor = subprocess.Popen(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, stdout=subprocess.PIPE, text=True
+    )
+    with supervisor:
+        assert supervisor.stdout is not None
+        child = psutil.Process(int(supervisor.stdout.readline()))
+        supervisor.terminate()
+        supervisor.wait(30)
+    assert not child.is_running()
+    assert not (tmp_path / "cost").exists()
 
 
 def made_up(side: str, repetition: int, **cost: float) -> dict[str, Any]:

@@ -73,6 +73,42 @@ def test_ragged_clients_in_one_pass_equal_each_alone(base: Base) -> None:
     adapter.detach()
 
 
+def test_one_model_that_all_have_takes_all_clients_rows_in_few_passes(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = lora(base.model, rank=2)
+    data = {
+        "a": [batch(3, 9, 1), batch(2, 5, 2), batch(1, 12, 3)],
+        "b": [batch(1, 4, 4)],
+        "none": [],
+        "c": [batch(2, 7, 5), batch(4, 6, 6)],
+    }
+    clients = [Client(name, ()) for name in data]
+    [tree] = trees(adapter, 1)
+    sizes: list[tuple[int, ...]] = []
+    nll = adapter.nll
+
+    def counted(tree_C: Tree, batch_CBT: Batch) -> Any:
+        sizes.append(tuple(batch_CBT["input_ids"].shape))
+        return nll(tree_C, batch_CBT)
+
+    monkeypatch.setattr(adapter, "nll", counted)
+    monkeypatch.setattr("fedloom.evaluate.loss.PASS_TOKENS", 54)
+    found = loss_evaluation("loss", data.__getitem__).run(adapter, stack([tree] * 4), clients)
+    for name, row in zip(data, found, strict=True):
+        total, count = by_hand(adapter, tree, data[name])
+        assert (row["target_tokens"], row["nonfinite"]) == (count, 0)
+        assert row["loss_sum"] == pytest.approx(total, rel=1e-9)
+    # alike in rows, the longest first, and no more than 54 padded tokens in a pass
+    assert sizes == [(1, 4, 6), (1, 3, 9), (2, 2, 7), (2, 1, 12)]
+    sizes.clear()
+    monkeypatch.setattr("fedloom.evaluate.loss.PASS_TOKENS", 8192)
+    again = loss_evaluation("loss", data.__getitem__).run(adapter, stack([tree] * 4), clients)
+    assert sizes == [(2, 4, 9), (2, 2, 7), (2, 1, 12)]
+    assert [row["loss_sum"] for row in again] == [pytest.approx(row["loss_sum"], rel=1e-9) for row in found]
+    adapter.detach()
+
+
 def test_sums_of_clients_add_to_the_mean_over_tokens() -> None:
     long, short = {"loss_sum": 90.0, "target_tokens": 90.0}, {"loss_sum": 30.0, "target_tokens": 10.0}
     assert mean_loss(add_metrics([long, short])) == pytest.approx(1.2)  # not (1 + 3) / 2

@@ -9,18 +9,20 @@ Shape suffixes: C clients, B examples per client, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedloom.errors import RunError
+from fedloom.tree import is_shared
 from fedloom.types import Adapter, Batch, Client, Evaluation, Metrics, Tree
 
-__all__ = ["add_metrics", "loss_evaluation", "mean_loss", "perplexity", "require_finite", "stack_batches"]
+__all__ = ["add_metrics", "loss_evaluation", "mean_loss", "passes", "perplexity", "require_finite", "stack_batches"]
 
 IGNORED = -100  # a label that carries no loss
+PASS_TOKENS = 8192  # padded tokens in one pass of a model that all clients have
 
 
 def loss_evaluation(name: str, open: Callable[[str], Sequence[Batch]]) -> Evaluation:
@@ -31,13 +33,8 @@ def loss_evaluation(name: str, open: Callable[[str], Sequence[Batch]]) -> Evalua
     """
 
     def run(adapter: Adapter, tree_C: Tree, clients: Sequence[Client]) -> list[Metrics]:
-        opened = [open(client.id) for client in clients]
-        device = next(iter(tree_C.values())).device
         sums = [{"loss_sum": 0.0, "target_tokens": 0.0, "nonfinite": 0.0} for _ in clients]
-        for index in range(max(map(len, opened), default=0)):
-            here = [c for c, batches in enumerate(opened) if index < len(batches)]
-            batch_CBT = stack_batches([opened[c][index] for c in here], device)
-            some = tree_C if len(here) == len(clients) else {k: leaf[here] for k, leaf in tree_C.items()}
+        for here, some, batch_CBT in passes(tree_C, [open(client.id) for client in clients]):
             sum_C, count_C = adapter.nll(some, batch_CBT)
             for c, total, count in zip(here, sum_C.tolist(), count_C.tolist(), strict=True):
                 if math.isfinite(total):
@@ -48,6 +45,42 @@ def loss_evaluation(name: str, open: Callable[[str], Sequence[Batch]]) -> Evalua
         return list(sums)
 
     return Evaluation(name, run)
+
+
+def passes(tree_C: Tree, opened: Sequence[Sequence[Batch]]) -> Iterator[tuple[list[int], Tree, dict[str, Tensor]]]:
+    """What goes through the model together: whose batch each is, their models, and the batches as one [C, B, T].
+
+    Where each client has a model of its own, the first batches of all go together, then the second ones. One model that
+    all have takes batches of about the same shape together, whoever's they are, up to `PASS_TOKENS`; a client may then
+    be there several times.
+    """
+    device = next(iter(tree_C.values())).device
+    if len(opened) > 1 and is_shared(tree_C):
+        order = [(*_shape(batches, i), c, i) for c, batches in enumerate(opened) for i in range(len(batches))]
+        order.sort(key=lambda one: (-one[0], -one[1], one[2:]))
+        while order:
+            number, longest, (rows, *_) = 0, 0, order[0]
+            for fewer, tokens, *_ in order:
+                size = (number + 1) * rows * max(longest, tokens)
+                if number and (size > PASS_TOKENS or fewer < 0.75 * rows):
+                    break
+                number, longest = number + 1, max(longest, tokens)
+            some, order = order[:number], order[number:]
+            batch_CBT = stack_batches([opened[c][i] for *_, c, i in some], device)
+            shared = {name: leaf[:1].expand(number, *leaf.shape[1:]) for name, leaf in tree_C.items()}
+            yield [c for *_, c, _ in some], shared, batch_CBT
+        return
+    for index in range(max(map(len, opened), default=0)):
+        here = [c for c, batches in enumerate(opened) if index < len(batches)]
+        mine = tree_C if len(here) == len(opened) else {name: leaf[here] for name, leaf in tree_C.items()}
+        yield here, mine, stack_batches([opened[c][index] for c in here], device)
+
+
+def _shape(batches: Sequence[Batch], index: int) -> tuple[int, int]:
+    """(B, T) of a batch, without making it where that is known."""
+    known = getattr(batches, "shapes", None)
+    rows, tokens = known[index] if known is not None else batches[index]["input_ids"].shape
+    return int(rows), int(tokens)
 
 
 def stack_batches(batches: Sequence[Batch], device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedloom.evaluate.loss import stack_batches
+from fedloom.evaluate.loss import passes
 from fedloom.types import Adapter, Batch, Client, Evaluation, Metrics, Tree
 
 __all__ = ["FIGURES", "preference_evaluation", "preference_figures"]
@@ -36,14 +36,9 @@ def preference_evaluation(name: str, open: Callable[[str], Sequence[Batch]]) -> 
 
     def run(adapter: Adapter, tree_C: Tree, clients: Sequence[Client]) -> list[Metrics]:
         judge: Any = adapter
-        opened = [open(client.id) for client in clients]
-        device = next(iter(tree_C.values())).device
         keys = ("loss_sum", "target_tokens", "nonfinite", "pairs", "reward_chosen_sum", "reward_rejected_sum")
         sums = [dict.fromkeys((*keys, "preferred_sum"), 0.0) for _ in clients]
-        for index in range(max(map(len, opened), default=0)):
-            here = [c for c, batches in enumerate(opened) if index < len(batches)]
-            batch_CBT = stack_batches([opened[c][index] for c in here], device)
-            some = tree_C if len(here) == len(clients) else {k: leaf[here] for k, leaf in tree_C.items()}
+        for here, some, batch_CBT in passes(tree_C, [open(client.id) for client in clients]):
             found = judge.rewards(some, batch_CBT)
             for row, c in enumerate(here):
                 _count(sums[c], *(leaf[row] for leaf in found))

@@ -39,6 +39,8 @@ from fedloom.types import (
     Upload,
 )
 
+TOGETHER = 64  # clients whose one model is evaluated in one go: passes are as large as an evaluation makes them
+
 
 def sequential() -> Runtime:
     """One client after the other: the plain loop, and the reference for every other runtime."""
@@ -95,19 +97,39 @@ def batched(clients_per_batch: int | Room) -> Runtime:
         found: dict[str, Metrics] = {}
         # where an update needs C == 1, so do clients with models of their own
         width = room.width if algorithm.client.cohort_axis or not state.personal else 1
-        for start in range(0, len(clients), width):
-            block = clients[start : start + width]
-            trees = [client_model(algorithm, adapter, state, client) for client in block]
-            rows = evaluation.run(adapter, stack(trees), block)
+        broadcasts: dict[int | None, Tree] = {}  # by rank: one model, however many clients use it
+        groups: dict[int | None, list[tuple[Client, Tree]]] = {}  # who has which of them; None: a model of its own
+
+        def run(group: list[tuple[Client, Tree]]) -> None:
+            block = [client for client, _ in group]
+            rows = evaluation.run(adapter, stack([tree for _, tree in group]), block)
             found.update({client.id: row for client, row in zip(block, rows, strict=True)})
-        return found
+
+        for client in clients:
+            if client.rank not in broadcasts:
+                broadcasts[client.rank] = adapter.narrow(state.params, client)
+            broadcast = broadcasts[client.rank]
+            tree = client_model(algorithm, adapter, state, client, broadcast)
+            key = id(tree) if tree is broadcast else None
+            group = groups.setdefault(key, [])
+            group.append((client, tree))
+            if len(group) == (width if key is None else max(width, TOGETHER)):
+                run(groups.pop(key))
+        for group in groups.values():
+            run(group)
+        return {client.id: found[client.id] for client in clients}
 
     return Runtime(train, evaluate)
 
 
-def client_model(algorithm: Algorithm, adapter: Adapter, state: State, client: Client) -> Tree:
-    """What the client itself would use: a personalised method's own parameters, else the broadcast."""
-    broadcast = adapter.narrow(state.params, client)
+def client_model(
+    algorithm: Algorithm, adapter: Adapter, state: State, client: Client, broadcast: Tree | None = None
+) -> Tree:
+    """What the client itself would use: a personalised method's own parameters, else the broadcast.
+
+    `broadcast` is that in the client's rank, where it is known.
+    """
+    broadcast = adapter.narrow(state.params, client) if broadcast is None else broadcast
     own = state.personal.get(client.id)
     if own is None:
         own = algorithm.client.personal(broadcast)

@@ -53,11 +53,11 @@ def measures(recipe: Recipe, federation: Federation, on_scored: OnScored | None 
     settings = recipe.evaluate
     new_tokens = settings.max_new_tokens or (task.max_new_tokens if task is not None else DEFAULT_NEW_TOKENS)
 
-    def part(name: str, what: str, owner: str | None, scored: bool) -> Evaluation:
-        """Loss, and score if asked for, on `what` of the client itself or of `owner`."""
+    def part(name: str, what: str, scored: bool) -> Evaluation:
+        """Loss, and score if asked for, on `what` of each client."""
 
         def examples(client: str):  # type: ignore[no-untyped-def]
-            return getattr(federation.clients[owner or client], what)
+            return getattr(federation.clients[client], what)
 
         size = {"batch_size": settings.eval_batch_size, "pad_id": pad_id}
         if federation.paired:
@@ -76,7 +76,7 @@ def measures(recipe: Recipe, federation: Federation, on_scored: OnScored | None 
             batch_size=settings.eval_batch_size,
             chat_template=federation.chat_template,
             limit=settings.limit,
-            on_scored=None if told is None else (lambda one: told(owner or one.client, one)),
+            on_scored=None if told is None else (lambda one: told(one.client, one)),
         )
 
         def run(adapter: Adapter, tree_C: Tree, clients: Sequence[Client]) -> list[Metrics]:
@@ -89,17 +89,21 @@ def measures(recipe: Recipe, federation: Federation, on_scored: OnScored | None 
     by_score = (settings.best_by or "").startswith("score")
     owners = list(federation.clients)
 
+    own = part("own", "test", scoring)
+
     def run_common(adapter: Adapter, tree_C: Tree, clients: Sequence[Client]) -> list[Metrics]:
-        rows: list[dict[str, float]] = [{} for _ in clients]
-        for number, owner in enumerate(owners):
-            found = part("common", "test", owner, scoring).run(adapter, tree_C, clients)
-            for row, metrics in zip(rows, found, strict=True):
-                row.update({f"{number}/{key}": value for key, value in metrics.items()})
-        return list(rows)
+        """Each client's model in turn, as one that all owners have: their rows then share its passes."""
+        everyone = [Client(owner, ()) for owner in owners]
+        rows: list[Metrics] = []
+        for c in range(len(clients)):
+            one_C = {name: leaf[c : c + 1].expand(len(owners), *leaf.shape[1:]) for name, leaf in tree_C.items()}
+            found = own.run(adapter, one_C, everyone)
+            rows.append({f"{number}/{key}": value for number, row in enumerate(found) for key, value in row.items()})
+        return rows
 
     return Measures(
-        part("validation", "validation", None, scoring and (settings.score_validation or by_score)),
-        part("own", "test", None, scoring),
+        part("validation", "validation", scoring and (settings.score_validation or by_score)),
+        own,
         Evaluation("common", run_common),
         score,
     )

@@ -29,7 +29,7 @@ from fedloom.ops.names import CONTROL, apart
 from fedloom.rounds import federate, initial_state
 from fedloom.runtimes import batched
 from fedloom.runtimes.clock import speeds
-from fedloom.runtimes.cohort import client_model, has_own_model
+from fedloom.runtimes.cohort import TOGETHER, client_model, has_own_model
 from fedloom.runtimes.fedbuff import clock_of
 from fedloom.study import checkpoint
 from fedloom.study.arm_tasks import Figures, mean_figures, measure, merged_counts, place_of
@@ -627,7 +627,7 @@ class _Runner:
         # the pooled model is everyone's model, so the global arm is evaluated like the base and the federated one
         evaluation = self.measures.common if arm == "local" else self.measures.own
         found: dict[str, Metrics] = {}
-        width = self.session.room.width
+        width = self.session.room.width if arm == "local" else max(self.session.room.width, TOGETHER)
         for first in range(0, len(clients), width):
             block = clients[first : first + width]
             found.update(runtime.evaluate(algorithm, self.session.adapter, state, block, evaluation))

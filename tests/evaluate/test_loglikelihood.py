@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedloom.adapters.lora import lora
+from fedloom.adapters import lora, prefix_tuning, prompt_tuning
 from fedloom.errors import UserError
+from fedloom.evaluate import decoding
 from fedloom.evaluate.loglikelihood import Continuation, loglikelihoods
 from fedloom.models.causal import CausalLM
 
@@ -43,6 +44,65 @@ def test_a_batch_gives_what_each_gives_alone(request: pytest.FixtureRequest, kin
         nats, greedy = by_hand(model, one)
         assert got.nats == pytest.approx(nats, abs=1e-4)
         assert got.greedy == greedy
+
+
+def alike(seed: int = 0) -> list[Continuation]:
+    """Two subjects with solved examples of their own before each question, questions with four answers, and others."""
+    draw = random.Random(seed)
+
+    def ids(number: int) -> list[int]:
+        return [draw.randrange(3, 64) for _ in range(number)]
+
+    found = []
+    for examples in (ids(40), ids(50)):
+        found += [Continuation([*examples, *ids(draw.randint(1, 9))], ids(draw.randint(1, 3))) for _ in range(3)]
+    for _ in range(2):
+        question = ids(34)
+        found += [Continuation(question, ids(draw.randint(2, 6))) for _ in range(4)]
+    found += continuations(3)
+    draw.shuffle(found)
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize(
+    ("kind", "adapter_of"),
+    [
+        ("tiny_llama", lambda model: lora(model, rank=2)),
+        ("tiny_llama", lambda model: prompt_tuning(model, num_virtual_tokens=3)),
+        ("tiny_gpt2", lambda model: prefix_tuning(model, num_virtual_tokens=3)),
+    ],
+)
+def test_what_begins_alike_is_run_once(
+    request: pytest.FixtureRequest, kind: str, adapter_of: Any, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = request.getfixturevalue(kind)(dtype=torch.float64).eval()
+    adapter = adapter_of(model)
+    tree = {k: leaf[None] + 0.2 for k, leaf in adapter.init(0).items()}
+    asked = alike()
+    tokens = 0
+    at, fill = CausalLM.at, decoding.fill
+
+    def read(self: CausalLM, ids: torch.Tensor, *more: Any) -> Any:
+        nonlocal tokens
+        tokens += ids.numel()
+        return at(self, ids, *more)
+
+    def opened(model: Any, ids: torch.Tensor, cache: Any) -> None:
+        nonlocal tokens
+        tokens += ids.numel()
+        fill(model, ids, cache)
+
+    with adapter.bound(tree) as bound:
+        assert decoding.misfit(bound) is None
+        wanted = [by_hand(bound, one) for one in asked]
+        monkeypatch.setattr(CausalLM, "at", read)
+        monkeypatch.setattr(decoding, "fill", opened)
+        found = loglikelihoods(CausalLM(bound), asked, batch_size=batch_size)
+    assert [one.nats for one in found] == pytest.approx([nats for nats, _ in wanted], abs=1e-9)
+    assert [one.greedy for one in found] == [greedy for _, greedy in wanted]
+    if batch_size == 1:
+        assert tokens < 0.6 * sum(len(one.before) + len(one.tokens) - 1 for one in asked)
 
 
 def test_order_changes_nothing(tiny_llama: Callable[..., Any]) -> None:

@@ -24,7 +24,7 @@ from fedloom.evaluate.draws import drawn
 from fedloom.evaluate.sampling import Sampling
 from fedloom.evaluate.slots import SPARE, Other, Slots, unfit
 
-__all__ = ["Bind", "Opening", "misfit", "write"]
+__all__ = ["Bind", "Opening", "fill", "misfit", "takes_positions", "write"]
 
 PASS_TOKENS = 4096  # prompt tokens in one pass, all rows together
 SHARED = 16  # prompts that begin with so many tokens in common have them run once
@@ -217,7 +217,7 @@ class _Writer:
         model = self.models.on(clients)
         ids_CT = torch.tensor([list(prompts[0][: self.common]) for _, prompts in own], device=_device(model))
         self.opening = Slots(model.config)
-        _body(model, ids_CT, self.opening)
+        fill(model, ids_CT, self.opening)
         self.opened = {c: n for n, c in enumerate(clients)}
 
     def _prefilled(self, new: list[list[_Row]]) -> list[tuple[Slots, list[int], list[_Row | None]]]:
@@ -364,7 +364,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _body(model: Any, ids_NT: Tensor, cache: Slots) -> None:
+def fill(model: Any, ids_NT: Tensor, cache: Slots) -> None:
     """Fill the cache; of the logits only the last ones are made."""
     _first_logits(model, ids_NT, cache, torch.full((len(ids_NT),), ids_NT.shape[1] - 1, device=ids_NT.device))
 
@@ -391,14 +391,14 @@ def _first_logits(model: Any, ids_NT: Tensor, cache: Slots, last_N: Tensor) -> T
 
 
 def _next_logits(model: Any, token_N: Tensor, at_N: Tensor, mask_NS: Tensor | None, cache: Slots) -> Tensor:
-    given = {"position_ids": at_N[:, None]} if _takes_positions(type(model)) else {}
+    given = {"position_ids": at_N[:, None]} if takes_positions(type(model)) else {}
     z_NTV: Tensor = model(
         input_ids=token_N[:, None], attention_mask=mask_NS, past_key_values=cache, use_cache=True, **given
     ).logits
     return z_NTV[:, -1]
 
 
-def _takes_positions(kind: type[nn.Module]) -> bool:
+def takes_positions(kind: type[nn.Module]) -> bool:
     return "position_ids" in inspect.signature(kind.forward).parameters
 
 
@@ -430,7 +430,7 @@ def _difference(model: nn.Module) -> str | None:
         plain = [model(input_ids=torch.tensor([text], device=device), use_cache=False).logits for text in texts]
         want = torch.stack([z_1TV[0, -3:] for z_1TV in plain], 1)
         opening = Slots(model.config)
-        _body(model, torch.tensor([texts[0][:2]], device=device), opening)
+        fill(model, torch.tensor([texts[0][:2]], device=device), opening)
         virtual = opening.length - 2
         prompts = [text[2:-2] for text in texts]
         ids_NT = torch.tensor([prompt + [0] * (3 - len(prompt)) for prompt in prompts], device=device)

@@ -10,7 +10,7 @@ whose next token is asked about.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fedloom.models.rows import Rows
 from fedloom.ops.cross_entropy import CHUNK_BYTES, Head, logits, nll_chunked
 from fedloom.ops.per_client import PerClient, raw
+from fedloom.types import NOTHING
 
 log = logging.getLogger("fedloom")
 
@@ -66,7 +67,15 @@ class CausalLM:
         return torch.cat(parts), row_M
 
     @torch.no_grad()
-    def at(self, input_ids_NT: Tensor, row_P: Tensor, position_P: Tensor, place_M: Tensor, target_M: Tensor) -> Likely:
+    def at(
+        self,
+        input_ids_NT: Tensor,
+        row_P: Tensor,
+        position_P: Tensor,
+        place_M: Tensor,
+        target_M: Tensor,
+        given: Mapping[str, Any] = NOTHING,
+    ) -> Likely:
         """How likely each target is as the next token at its place: the log-likelihood, and whether none is likelier.
 
         Only the logits of the P places are computed, in chunks. Rows are padded on the right.
@@ -77,13 +86,19 @@ class CausalLM:
             position_P: the position of each place; the token after it is what is asked about.
             place_M: the number of the place that each target belongs to, rising.
             target_M: token ids.
+            given: what goes with a cache of what stands before the rows; nothing where they begin here.
         """
         head = self.head
+        given = given or {"use_cache": False}
         if head is None:
-            z = self.model(input_ids=input_ids_NT, use_cache=False).logits
+            z = self.model(input_ids=input_ids_NT, **given).logits
             read_PX = z[row_P, position_P]
         else:
-            read_PX = self.rows.hidden(input_ids_NT, row_P, position_P, 1)
+            if "past_key_values" in given:
+                hidden_NTD = body_of(self.model)(input_ids=input_ids_NT, **given)[0]
+                read_PX = hidden_NTD[row_P, position_P]
+            else:
+                read_PX = self.rows.hidden(input_ids_NT, row_P, position_P, 1)
             if isinstance(head.weight_VD, PerClient):
                 raise RuntimeError("likelihoods of single targets are asked of one client's model at a time")
         size = head.weight_VD.shape[0] if head is not None else read_PX.shape[1]

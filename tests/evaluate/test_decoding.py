@@ -214,6 +214,15 @@ def test_columns_that_no_row_needs_are_dropped() -> None:
     assert writer.written == plain.write(bind, asked, slots=60, stops=STOPS, texts=as_text)
 
 
+def test_a_row_that_has_ended_takes_no_position_that_there_is_not() -> None:
+    adapter = KINDS["lora"](model_of(MODELS["gpt2"]))
+    asked = [[Opening([9] * 90, 6), *(Opening([9, 10 + n], 20) for n in range(4))]]
+    bind = _binder(adapter, stack(trees(adapter, 1)))
+    fast = decoding.write(bind, asked, slots=5, stops=(VOCAB - 1,), texts=as_text)
+    assert fast == plain.write(bind, asked, slots=5, stops=(VOCAB - 1,), texts=as_text)
+    assert [len(ids) for ids in fast[0]] == [6, 20, 20, 20, 20]
+
+
 def test_slots_keep_what_is_masked_finite() -> None:
     config = MODELS["llama"]
     cache = Slots(config)

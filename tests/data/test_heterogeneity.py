@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.data.toys import Data, Split, alpaca_rows, tokenizer, write
 
 from fedloom.data import heterogeneity, prepare
-from fedloom.data.heterogeneity import distances, length_counts
+from fedloom.data.heterogeneity import Counted, distances, length_counts
 
 COUNTS = st.lists(st.dictionaries(st.sampled_from("abcde"), st.integers(1, 20), min_size=1), min_size=2, max_size=5)
 
@@ -87,12 +87,23 @@ def test_a_table_too_large_is_left_out_and_the_rest_is_the_same(monkeypatch: pyt
 
 
 def test_lengths_are_counted_in_the_pools_tenths() -> None:
-    lengths = [np.arange(0, 50), np.arange(50, 100)]
+    lengths = np.arange(100)
     found = length_counts(lengths)
-    assert found == [{str(place): 10 for place in range(5)}, {str(place): 10 for place in range(5, 10)}]
+    assert np.bincount(found).tolist() == [10] * 10 and np.all(np.diff(found) >= 0)
     # Whatever the unit: the same as of any growing function of the lengths.
-    assert length_counts([own * own * 7 + 3 for own in lengths]) == found
-    assert length_counts([np.full(5, 3), np.full(2, 3)]) == [{"0": 5}, {"0": 2}] and length_counts([]) == []
+    assert length_counts(lengths * lengths * 7 + 3).tolist() == found.tolist()
+    assert len(set(length_counts(np.full(7, 3)).tolist())) == 1 and not len(length_counts(np.zeros(0, dtype=np.int64)))
+
+
+@given(st.lists(st.lists(st.integers(-1, 4), max_size=8), min_size=2, max_size=6))
+def test_counts_of_rows_are_those_of_dictionaries(clients: list[list[int]]) -> None:
+    edges = np.concatenate([[0], np.cumsum([len(own) for own in clients])])
+    flat = np.asarray([key for own in clients for key in own], dtype=np.int64)
+    named = [{str(key): count for key, count in Counter(own).items() if key >= 0} for own in clients]
+    found, wanted = distances(Counted.of(edges, flat)), distances(named)
+    assert (found is None) == (wanted is None)
+    for name in ("js_mean", "js_max", "tv_mean", "tv_max", "js_pairs") if found and wanted else ():
+        assert found[name] == pytest.approx(wanted[name], abs=2e-6)
 
 
 def test_the_report_has_them(tmp_path: Path) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedloom.data.batches import Batches, examples_seen, round_batches, steps_per_epoch
 from fedloom.data.federation import ClientData, Federation
+from fedloom.data.holdings import ClientTable
 from fedloom.data.pair_batches import PairBatches, Pairs, pair_batches
 from fedloom.data.tokens import pad_id_of
 from fedloom.types import Client
@@ -30,7 +34,7 @@ class Clients:
 
     @property
     def ids(self) -> Sequence[str]:
-        return list(self.data)
+        return self.data.ids if isinstance(self.data, ClientTable) else list(self.data)
 
     def open(self, client: str, round: int) -> Client:
         """The client with its batches of that round; its FedAvg weight is its number of training rows."""
@@ -41,6 +45,12 @@ class Clients:
         own = Pairs(self.data[client].train).longer if self.paired else self.data[client].train
         steps = self.num_steps or (self.num_epochs or 0) * steps_per_epoch(len(own), self.batch_size)
         return examples_seen(own, batch_size=self.batch_size, steps=rounds * steps, seed=self.seed, client=client)
+
+    def steps_of(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Local steps a round of clients with so many examples."""
+        if self.num_steps is not None:
+            return np.full(len(sizes), self.num_steps, dtype=np.int64)
+        return (self.num_epochs or 0) * -(-sizes // self.batch_size)
 
     def batches(self, client: str, round: int) -> Batches | PairBatches:
         train = self.data[client].train

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,15 @@ from numpy.typing import NDArray
 
 from fedloom.data import keys as columns
 from fedloom.data import split as splitting
-from fedloom.data.heterogeneity import distances, length_counts
-from fedloom.data.keys import Groups, Keys, Numbers
+from fedloom.data.heterogeneity import Counted, distances, length_counts
+from fedloom.data.holdings import PARTS as PARTS  # noqa: PLC0414  the names are looked for here
+from fedloom.data.holdings import ClientData as ClientData  # noqa: PLC0414
+from fedloom.data.holdings import ClientTable, Held, Names
+from fedloom.data.keys import Keys, Numbers
+from fedloom.data.listing import spread
 from fedloom.data.pairs import sides
 from fedloom.data.rows import Source, as_rows
 from fedloom.data.sources import sources_of
-from fedloom.data.split import Parts
 from fedloom.data.store import Row, Rows, Some
 from fedloom.data.templates import Layout, Tokenizer
 from fedloom.data.tokens import (
@@ -36,8 +40,6 @@ from fedloom.data.tokens import (
 from fedloom.errors import UserError, suggest
 
 logger = logging.getLogger("fedloom.data.federation")  # a command that shows the notes itself quiets it
-
-PARTS = ("train", "validation", "test")
 
 
 class DataSettings(Protocol):
@@ -126,7 +128,9 @@ class DataReport:
     tokens: Mapping[str, int]  # train, validation, test, and train_target (those with loss)
     lengths: Mapping[str, int]  # p50, p90, p95, p99, max: tokens per row before any cut
     split: str
-    clients: Sequence[ClientReport]
+    clients: Sequence[ClientReport]  # of more than 1,000 clients as many, evenly spread
+    num_clients: int
+    rows: Mapping[str, int]  # train, validation, test, over all clients
     notes: Sequence[str] = ()
     # "category" and "length" -> distances between each client and the pool, see `fedloom.data.heterogeneity`
     heterogeneity: Mapping[str, Mapping[str, float | None] | None] = field(default_factory=dict)
@@ -134,21 +138,11 @@ class DataReport:
     @property
     def said(self) -> str:
         """One line for people."""
-        sizes = " / ".join(f"{sum(getattr(client, part) for client in self.clients):,}" for part in PARTS)
-        return f"{len(self.clients):,} clients ({self.split}), {sizes} train / validation / test rows, {self.layout}"
+        sizes = " / ".join(f"{self.rows[part]:,}" for part in PARTS)
+        return f"{self.num_clients:,} clients ({self.split}), {sizes} train / validation / test rows, {self.layout}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class ClientData:
-    """One client's examples. Its FedAvg weight is `len(train)`."""
-
-    id: str
-    train: Examples
-    validation: Examples
-    test: Examples
 
 
 @dataclass(frozen=True)
@@ -174,8 +168,25 @@ class Federation:
         """What generation starts from for each example: the very tokens that training has before the answer."""
         return prompt_ids([self.rows[example.row] for example in examples], self.tokenizer, self.chat_template)
 
+    @property
+    def ids(self) -> Sequence[str]:
+        return self.clients.ids if isinstance(self.clients, ClientTable) else list(self.clients)
+
+    def sizes(self, part: str) -> Numbers:
+        """Examples that each client has in a part, in the order of `clients`."""
+        if isinstance(self.clients, ClientTable):
+            return self.clients.held[part].sizes
+        return np.asarray([len(getattr(client, part)) for client in self.clients.values()], dtype=np.int64)
+
+    def having(self, part: str) -> list[str]:
+        """The clients that have examples in a part."""
+        ids = self.ids
+        return [ids[place] for place in np.flatnonzero(self.sizes(part)).tolist()]
+
     def pooled(self, part: str) -> Examples:
         """The examples of all clients together, client by client: "test" gives the common test set."""
+        if isinstance(self.clients, ClientTable):
+            return Examples(self.clients.tokens, self.clients.held[part].numbers)
         own = [getattr(client, part) for client in self.clients.values()]
         return Examples(own[0].tokens, np.concatenate([examples.numbers for examples in own]))
 
@@ -200,7 +211,7 @@ class Federation:
         """The first `clients` clients with at most `rows` examples in each part: what a smoke run works on."""
         kept = {
             name: ClientData(name, one.train[:rows], one.validation[:rows], one.test[:rows])
-            for name, one in list(self.clients.items())[:clients]
+            for name, one in itertools.islice(self.clients.items(), clients)
         }
         table = [
             replace(
@@ -214,8 +225,12 @@ class Federation:
             for line in self.report.clients
             if line.id in kept
         ]
+        sizes = {part: sum(len(getattr(client, part)) for client in kept.values()) for part in PARTS}
         note = f"a small part for a smoke run: {len(kept)} clients, at most {rows} rows in each part"
-        return replace(self, clients=kept, report=replace(self.report, clients=table, notes=(*self.report.notes, note)))
+        report = replace(
+            self.report, clients=table, num_clients=len(kept), rows=sizes, notes=(*self.report.notes, note)
+        )
+        return replace(self, clients=kept, report=report)
 
     def preview(self, example: Example, side: int = 0) -> list[tuple[str, Shade]]:
         """The example as text in stretches: trained on, masked, and what max_length cut off. `side` is 1 for the
@@ -248,7 +263,7 @@ def prepare(data: DataSettings, split: SplitSettings, tokenizer: Tokenizer, seed
     if kind not in SPLITS:
         raise UserError(f"split.kind {kind!r}: no such split{suggest(kind, SPLITS)}", code="split.kind")
     plan = _plan(data, split, kind, source, tests, seed)
-    plan.parts, crossing = _without_crossing(plan.parts, plan.content)
+    crossing = _leave_out_crossing(plan)
     if crossing:
         plan.left_out["exact duplicate of a validation or test row"] += crossing
     _check_parts(plan, data)
@@ -262,17 +277,17 @@ def prepare(data: DataSettings, split: SplitSettings, tokenizer: Tokenizer, seed
         cache=data.cache,
         name=f"{source.name}, {getattr(tokenizer, 'name_or_path', '')}",
     )
-    clients = _clients(plan.parts, done, len(plan.rows))
-    used = sum(len(getattr(client, part)) for client in clients.values() for part in PARTS)
-    held = np.concatenate([part for parts in plan.parts.values() for part in parts])
+    clients = _clients(plan, done)
+    held = plan.part >= 0
+    used = sum(len(clients.held[part].numbers) for part in PARTS)
     lost = int(done.wholly_cut[held].sum())
     refused = int(done.refused[held].sum())
     if lost:
         plan.left_out["answer wholly cut by max_length"] += lost
         usable = done.full_lengths[done.full_lengths > 0]
         plan.notes.append(
-            f"at max_length {data.max_length}, {lost / len(held):.1%} of rows lose their whole answer and are left out"
-            f"; 95 % fit in {fits(usable)}"
+            f"at max_length {data.max_length}, {lost / int(held.sum()):.1%} of rows lose their whole answer and are "
+            f"left out; 95 % fit in {fits(usable)}"
         )
     if refused:
         plan.left_out["refused by the chat template"] += refused
@@ -299,11 +314,20 @@ class _Plan:
     """Rows and their division, while it is being made."""
 
     rows: Rows
-    parts: dict[str, Parts]
+    ids: Names
+    owner: NDArray[np.int32]  # the place of each row's client, -1 where it has none
+    part: NDArray[np.int8]  # what each row is for: a place in PARTS, -1 where it is for nothing
     left_out: Counter[str]
     notes: list[str]
     keys: Keys  # the category of each row, for the report
     content: NDArray[np.int32]  # equal for exact duplicates, from 0 without gaps
+
+    def sizes(self, part: int) -> Numbers:
+        """Rows that each client has in a part."""
+        return np.bincount(self.owner[self.part == part], minlength=len(self.ids))
+
+    def held(self, part: int) -> Held:
+        return Held.by_owner(self.ids, np.where(self.part == part, self.owner, np.int32(-1)))
 
 
 def _plan(
@@ -330,35 +354,21 @@ def _plan(
         test_size = 0
     content = columns.contents(rows)
 
-    def divide(groups: Groups) -> dict[str, Parts]:
-        rows_of = {name: len(members) for name, members in groups.items()}
-        num_validation = splitting.part_sizes(val_size, rows_of, "val_set_size")
-        num_test = splitting.part_sizes(test_size, rows_of, "test_set_size")
-        return {
-            name: splitting.divide(
-                members,
-                content,
-                num_validation=num_validation[name],
-                num_test=num_test[name],
-                seed=seed,
-                client=name,
-            )
-            for name, members in groups.items()
-        }
+    def divide(groups: Held) -> NDArray[np.int8]:
+        num_test = splitting.part_counts(test_size, groups.sizes, groups.ids, "test_set_size")
+        num_validation = splitting.part_counts(val_size, groups.sizes, groups.ids, "val_set_size", num_test)
+        return splitting.divided(groups, content, num_validation, num_test, seed)
 
     groups, homeless_rows = _groups(split, kind, train_rows, seed, divide)
     left_out.update(homeless_rows)
-    parts = divide(groups)
+    part, owner = divide(groups), groups.owner(len(rows))
     if given:
         dealt, homeless = _deal_tests(split, kind, train_rows, test_rows, groups, seed)
         if homeless:
             left_out["test row of a category no client has"] += homeless
-        none = np.zeros(0, dtype=np.int64)
-        parts = {
-            name: Parts(own.train, own.validation, len(train_rows) + dealt.get(name, none))
-            for name, own in parts.items()
-        }
-    return _Plan(rows, parts, left_out, notes, _report_keys(rows, split.column), content)
+        owner[len(train_rows) :] = dealt
+        part[len(train_rows) :] = np.where(dealt >= 0, 2, -1)
+    return _Plan(rows, groups.ids, owner, part, left_out, notes, _report_keys(rows, split.column), content)
 
 
 def _report_keys(rows: Rows, column: str | None) -> Keys:
@@ -375,21 +385,25 @@ def _natural(split: SplitSettings, source: Source, left_out: Counter[str], notes
             hint="split.kind=iid, dirichlet, by_category, by_column, or files for a folder with a file per client",
             code="split.natural",
         )
-    parts = {
-        name: Parts(*(np.asarray(own.get(part, ()), dtype=np.int64) for part in PARTS))
-        for name, own in source.natural.items()
-    }
-    if split.clients is not None and split.clients != len(parts):
-        if split.clients > len(parts):
+    names = list(source.natural)
+    owner = np.full(len(source.rows), -1, dtype=np.int32)
+    part = np.full(len(source.rows), -1, dtype=np.int8)
+    for place, own in enumerate(source.natural.values()):
+        for number, name in enumerate(PARTS):
+            mine = np.asarray(own.get(name, ()), dtype=np.int64)
+            owner[mine], part[mine] = place, number
+    if split.clients is not None and split.clients != len(names):
+        if split.clients > len(names):
             raise UserError(
-                f"split.clients {split.clients}, but {source.name} has {len(parts)} clients: at most {len(parts)}",
+                f"split.clients {split.clients}, but {source.name} has {len(names)} clients: at most {len(names)}",
                 code="split.clients",
             )
-        gone = list(parts)[split.clients :]
-        left_out["client left out by split.clients"] += sum(len(part) for name in gone for part in parts[name])
-        parts = {name: own for name, own in parts.items() if name not in gone}
+        gone = owner >= split.clients
+        left_out["client left out by split.clients"] += int(gone.sum())
+        owner[gone], part[gone] = -1, -1
+        names = names[: split.clients]
     keys, content = columns.categories(source.rows), columns.contents(source.rows)
-    return _Plan(source.rows, parts, left_out, notes, keys, content)
+    return _Plan(source.rows, Names(names), owner, part, left_out, notes, keys, content)
 
 
 def _groups(split: SplitSettings, kind: str, rows: Sequence[Row], seed: int, divide: Any) -> splitting.Named:
@@ -413,7 +427,7 @@ def _groups(split: SplitSettings, kind: str, rows: Sequence[Row], seed: int, div
     if kind == "shards":
         assert keys is not None
         dealt = splitting.shards(keys[there], number, split.shards_per_client or DEFAULT_SHARDS, seed)
-        return splitting.Named({name: there[places] for name, places in dealt.items()}, left_out)
+        return splitting.Named(dealt.mapped(there), left_out)
     if split.alpha is None:
         raise UserError(f"split.kind {kind} needs split.alpha", hint="split.alpha=0.5", code="split.alpha")
     idle = 0
@@ -422,8 +436,9 @@ def _groups(split: SplitSettings, kind: str, rows: Sequence[Row], seed: int, div
             dealt = splitting.quantity_skew(len(rows), number, split.alpha, seed, attempt)
         else:
             dealt = splitting.dirichlet(keys[there], number, split.alpha, seed, attempt)
-        groups = {name: there[places] for name, places in dealt.items()}
-        idle = sum(not len(parts.train) for parts in divide(groups).values())
+        groups = dealt.mapped(there)
+        training = groups.owner(len(rows))[divide(groups)[: len(rows)] == 0]
+        idle = int((np.bincount(training, minlength=number) == 0).sum())
         if not idle:
             return splitting.Named(groups, left_out)
     raise UserError(
@@ -435,23 +450,25 @@ def _groups(split: SplitSettings, kind: str, rows: Sequence[Row], seed: int, div
 
 
 def _deal_tests(
-    split: SplitSettings, kind: str, train: Sequence[Row], tests: Sequence[Row], groups: Groups, seed: int
-) -> tuple[Groups, int]:
-    """Test rows to clients: by the key that split the training rows, else at random."""
+    split: SplitSettings, kind: str, train: Sequence[Row], tests: Sequence[Row], groups: Held, seed: int
+) -> tuple[NDArray[np.int32], int]:
+    """The place of each test row's client, and how many rows have none: by the key that split the training rows, else
+    at random."""
     if kind in ("by_category", "by_column"):
         own = splitting.keys_of(train, split.column, kind)
         keys = splitting.keys_of(tests, split.column, kind)
     elif kind == "files" and "file" in tests[0]:
         own, keys = columns.files(train), columns.files(tests)
     else:
-        return splitting.deal(len(tests), list(groups), seed), 0
-    home = splitting.holders(groups, own)
-    dealt: dict[str, list[Numbers]] = {name: [] for name in groups}
-    for key, members in keys.members().items():
-        if key in home:
-            dealt[home[key]].append(members)
-    found = {name: np.sort(np.concatenate(parts)) for name, parts in dealt.items() if parts}
-    homeless = len(tests) - sum(map(len, found.values()))
+        return splitting.deal(len(tests), groups.ids, seed).owner(len(tests)), 0
+    holder = np.full(len(own.names) + 1, -1, dtype=np.int32)  # of each key; the last is that of no key
+    owner = groups.owner(len(train))
+    there = owner >= 0
+    holder[own.codes[there]] = owner[there]
+    holder[-1] = -1
+    home = {name: int(place) for name, place in zip(own.names, holder, strict=False) if place >= 0}
+    found = np.asarray([*(home.get(name, -1) for name in keys.names), -1], dtype=np.int32)[keys.codes]
+    homeless = int((found < 0).sum())
     if homeless == len(tests):
         theirs = {*keys.names, *(["None"] if len(keys.known) < len(keys) else [])}
         listed, known = (", ".join(sorted(some)[:8]) for some in (theirs, home))
@@ -464,33 +481,29 @@ def _deal_tests(
     return found, homeless
 
 
-def _without_crossing(parts: Mapping[str, Parts], content: NDArray[np.int32]) -> tuple[dict[str, Parts], int]:
+def _leave_out_crossing(plan: _Plan) -> int:
     """Take out of training what is also in any client's validation or test set, and out of validation what is in a
-    test set: a test set stays as it is, and nobody has trained on it."""
-    tested = np.zeros(int(content.max(initial=-1)) + 1, dtype=np.bool_)
+    test set: a test set stays as it is, and nobody has trained on it. Gives how many rows."""
+    tested = np.zeros(int(plan.content.max(initial=-1)) + 1, dtype=np.bool_)
     validated = tested.copy()
-    for own in parts.values():
-        tested[content[own.test]] = True
-        validated[content[own.validation]] = True
-    kept: dict[str, Parts] = {}
-    gone = 0
-    for name, own in parts.items():
-        train = own.train[~(tested | validated)[content[own.train]]]
-        validation = own.validation[~tested[content[own.validation]]]
-        gone += len(own.train) - len(train) + len(own.validation) - len(validation)
-        kept[name] = Parts(train, validation, own.test)
-    return kept, gone
+    tested[plan.content[plan.part == 2]] = True
+    validated[plan.content[plan.part == 1]] = True
+    seen = tested[plan.content]
+    gone = ((plan.part == 0) & (seen | validated[plan.content])) | ((plan.part == 1) & seen)
+    plan.part[gone] = -1
+    return int(gone.sum())
 
 
 def _check_parts(plan: _Plan, data: DataSettings) -> None:
     """No client without training rows, and no empty validation or test set, unless that was asked for."""
-    idle = [name for name, own in plan.parts.items() if not len(own.train)]
-    if idle:
-        own = plan.parts[idle[0]]
-        total = sum(map(len, own))
+    by_part = [plan.sizes(number) for number in range(len(PARTS))]
+    totals = np.sum(by_part, axis=0)
+    idle = np.flatnonzero(by_part[0] == 0)
+    if len(idle):
+        total = int(totals[idle[0]])
         raise UserError(
-            f"client {idle[0]} has no training rows: of its {total} row{'' if total == 1 else 's'}, "
-            f"{len(own.test)} are for test and {len(own.validation)} for validation"
+            f"client {plan.ids[int(idle[0])]} has no training rows: of its {total} row{'' if total == 1 else 's'}, "
+            f"{by_part[2][idle[0]]} are for test and {by_part[1][idle[0]]} for validation"
             + (f" (and {len(idle) - 1} more clients like it)" if len(idle) > 1 else ""),
             hint="fewer clients, smaller data.test_set_size and data.val_set_size, or more rows",
             code="split.no_train",
@@ -498,13 +511,12 @@ def _check_parts(plan: _Plan, data: DataSettings) -> None:
     # Built-in tasks and test files bring their own sizes, so only an empty part that was asked for is wrong.
     val_size, test_size = _sizes(data)
     for part, size, name in (("validation", val_size, "val_set_size"), ("test", test_size, "test_set_size")):
-        sizes = {client: len(getattr(own, part)) for client, own in plan.parts.items()}
+        sizes = by_part[PARTS.index(part)]
         if not size:
             continue
-        if not any(sizes.values()):
-            totals = {client: sum(map(len, own)) for client, own in plan.parts.items()}
-            most = max(totals, key=lambda client: totals[client])
-            rows = totals[most]
+        if not sizes.any():
+            place = int(totals.argmax())
+            most, rows = plan.ids[place], int(totals[place])
             why = (
                 f"the largest client, {most}, has {rows:,} rows, and {size:g} x {rows:,} = {size * rows:.3g} is "
                 f"rounded to {splitting.part_sizes(size, {most: rows}, name)[most]}"
@@ -516,34 +528,33 @@ def _check_parts(plan: _Plan, data: DataSettings) -> None:
                 hint=f"data.{name}=0 to do without, or a share of at least {0.5 / rows:.2g}, or a number of rows",
                 code=f"split.no_{part}",
             )
-        without = sum(not count for count in sizes.values())
+        without = int((sizes == 0).sum())
         if without:
             plan.notes.append(f"{without:,} of {len(sizes):,} clients have no {part} rows of their own")
 
 
-def _clients(parts: Mapping[str, Parts], done: Tokenised, num_rows: int) -> dict[str, ClientData]:
-    place = np.full(num_rows, -1, dtype=np.int64)  # row number -> example number, the first of a pair
+def _clients(plan: _Plan, done: Tokenised) -> ClientTable:
+    place = np.full(len(plan.rows), -1, dtype=np.int64)  # row number -> example number, the first of a pair
     place[done.tokens.rows[::-1]] = np.arange(len(done.tokens))[::-1]
-    found = {}
-    for name, own in parts.items():
-        index = [place[rows] for rows in own]
-        found[name] = ClientData(name, *(Examples(done.tokens, numbers[numbers >= 0]) for numbers in index))
-    return found
+    held = {}
+    for number, part in enumerate(PARTS):
+        examples = plan.held(number).mapped(place)
+        held[part] = examples.only(examples.numbers >= 0)
+    return ClientTable(done.tokens, held)
 
 
-def _check_clients(clients: Mapping[str, ClientData], plan: _Plan, data: DataSettings) -> None:
-    for name, client in clients.items():
-        rows = plan.parts[name].train
-        if not len(client.train):
-            raise UserError(
-                f"client {name} has no training rows left: all {len(rows):,} lose their whole answer at max_length "
-                f"{data.max_length}, or are refused by the chat template",
-                hint="a larger data.max_length, or fewer clients",
-                code="split.no_train",
-            )
+def _check_clients(clients: ClientTable, plan: _Plan, data: DataSettings) -> None:
+    bare = np.flatnonzero(clients.held["train"].sizes == 0)
+    if len(bare):
+        raise UserError(
+            f"client {plan.ids[int(bare[0])]} has no training rows left: all {plan.sizes(0)[bare[0]]:,} lose their "
+            f"whole answer at max_length {data.max_length}, or are refused by the chat template",
+            hint="a larger data.max_length, or fewer clients",
+            code="split.no_train",
+        )
     for part in ("validation", "test"):
-        had = sum(len(getattr(own, part)) for own in plan.parts.values())
-        if had and not any(len(getattr(client, part)) for client in clients.values()):
+        had = int((plan.part == PARTS.index(part)).sum())
+        if had and not len(clients.held[part].numbers):
             raise UserError(
                 f"no {part} rows left: all {had:,} lose their whole answer at max_length {data.max_length}",
                 hint="a larger data.max_length",
@@ -568,28 +579,35 @@ def _report(
     tests: Source | None,
     plan: _Plan,
     done: Tokenised,
-    clients: Mapping[str, ClientData],
+    clients: ClientTable,
     used: int,
 ) -> DataReport:
     lengths = done.full_lengths[done.full_lengths > 0]
     paired = source.kind == "preference"
     quantiles = {f"p{share}": int(np.percentile(lengths, share)) for share in (50, 90, 95, 99)} if len(lengths) else {}
-    own_rows = {name: np.concatenate(plan.parts[name]) for name in clients}
-    own_lengths = {name: done.full_lengths[rows] for name, rows in own_rows.items()}
-    own_lengths = {name: own[own > 0] for name, own in own_lengths.items()}
+    all_rows = Held.by_owner(plan.ids, np.where(plan.part >= 0, plan.owner, np.int32(-1)))
+    listed = spread(len(plan.ids))
     table = [
         ClientReport(
-            id=name,
+            id=client.id,
             train=len(client.train),
             validation=len(client.validation),
             test=len(client.test),
             train_tokens=_whole(client.train, paired).num_tokens,
             train_target_tokens=_whole(client.train, paired).num_target_tokens,
-            categories=splitting.counts(plan.keys, own_rows[name]),
-            lengths=_quantiles(own_lengths[name]),
+            categories=splitting.counts(plan.keys, all_rows.at(place)),
+            lengths=_quantiles(done.full_lengths[all_rows.at(place)]),
         )
-        for name, client in clients.items()
+        for place in listed
+        for client in [clients.at(place)]
     ]
+    if len(listed) < len(plan.ids):
+        plan.notes.append(
+            f"of {len(plan.ids):,} clients {len(listed):,}, evenly spread, are listed by name; sums are over all"
+        )
+    train = _whole(Examples(done.tokens, clients.held["train"].numbers), paired)
+    measured = all_rows.only(done.full_lengths[all_rows.numbers] > 0)
+    own_lengths = done.full_lengths[measured.numbers]
     duplicates = len(plan.content) - len(np.unique(plan.content))
     notes = [*plan.notes, *done.notes]
     if done.cut:
@@ -611,24 +629,28 @@ def _report(
         max_length=data.max_length,
         cut=done.cut,
         tokens={
+            "train": train.num_tokens,
             **{
-                part: sum(_whole(getattr(client, part), paired).num_tokens for client in clients.values())
-                for part in PARTS
+                part: _whole(Examples(done.tokens, clients.held[part].numbers), paired).num_tokens
+                for part in ("validation", "test")
             },
-            "train_target": sum(line.train_target_tokens for line in table),
+            "train_target": train.num_target_tokens,
         },
         lengths={**quantiles, "max": int(lengths.max()) if len(lengths) else 0},
         split=kind,
         clients=table,
+        num_clients=len(plan.ids),
+        rows={part: len(clients.held[part].numbers) for part in PARTS},
         notes=tuple(notes),
         heterogeneity={
-            "category": distances([line.categories for line in table]),
-            "length": distances(length_counts(list(own_lengths.values()))),
+            "category": distances(Counted.of(all_rows.edges, plan.keys.codes[all_rows.numbers])),
+            "length": distances(Counted.of(measured.edges, length_counts(own_lengths))),
         },
     )
 
 
 def _quantiles(lengths: NDArray[np.int32]) -> dict[str, int]:
+    lengths = lengths[lengths > 0]
     if not len(lengths):
         return {}
     shares = (10, 25, 50, 75, 90)

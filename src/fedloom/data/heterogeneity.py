@@ -11,13 +11,14 @@ Small clients are unlike the pool by luck alone, so what an even deal of the sam
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.seeds import seed_of
 
-__all__ = ["LENGTH_BINS", "distances", "length_counts"]
+__all__ = ["LENGTH_BINS", "Counted", "distances", "length_counts"]
 
 LENGTH_BINS = 10  # by the pool's own deciles, so that the figures do not depend on the unit
 _MOST_CELLS = 20_000_000  # clients x keys of the figures that need the whole table
@@ -27,25 +28,55 @@ _MOST_DEALS = 1000  # and at most
 Counts = Mapping[str, int]  # key -> rows of one client
 
 
-def distances(clients: Sequence[Counts]) -> dict[str, float | None] | None:
+class Counted(NamedTuple):
+    """Rows of each client by key: client k has `counts[edges[k] : edges[k + 1]]` rows of those `codes`."""
+
+    edges: NDArray[np.int64]
+    codes: NDArray[np.int64]  # from 0 to num_keys - 1, each client's in ascending order
+    counts: NDArray[np.int64]
+    num_keys: int
+
+    @classmethod
+    def of(cls, edges: NDArray[np.int64], keys: NDArray[np.integer]) -> Counted:
+        """From the key of each row, client after client; -1 is none."""
+        client = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
+        known = keys >= 0
+        names, codes = np.unique(keys[known], return_inverse=True)
+        number = max(1, len(names))
+        cells, counts = np.unique(client[known] * number + codes, return_counts=True)
+        each = np.bincount(cells // number, minlength=len(edges) - 1)
+        return cls(np.concatenate([[0], np.cumsum(each)]), cells % number, counts, number)
+
+    @classmethod
+    def from_dicts(cls, clients: Sequence[Counts]) -> Counted:
+        places: dict[str, int] = {}
+        for own in clients:
+            for key in own:
+                places.setdefault(key, len(places))
+        lines = [sorted((places[key], count) for key, count in own.items()) for own in clients]
+        edges = np.concatenate([[0], np.cumsum([len(line) for line in lines], dtype=np.int64)])
+        flat = np.asarray([pair for line in lines for pair in line], dtype=np.int64).reshape(-1, 2)
+        return cls(edges, flat[:, 0], flat[:, 1], max(1, len(places)))
+
+
+def distances(clients: Sequence[Counts] | Counted) -> dict[str, float | None] | None:
     """Mean and largest distance between a client and the pool, over the clients that have any rows.
 
     js_mean, js_max, tv_mean, tv_max; `js_pairs`, the mean over all pairs of clients; `js_even` and `tv_even`, the mean
     distance in an even deal of the same sizes. The last three are None for tables too large to work them out. The whole
     is None where there is nothing to compare: no keys, or a single client.
     """
-    held = [own for own in clients if own]
-    if len(held) < 2:
+    edges, codes, counts, num_keys = clients if isinstance(clients, Counted) else Counted.from_dicts(clients)
+    here = np.flatnonzero(np.diff(edges))
+    number = len(here)
+    if number < 2:
         return None
-    codes: dict[str, int] = {}
-    rows = [np.asarray([codes.setdefault(key, len(codes)) for key in own], dtype=np.int64) for own in held]
-    counts = [np.asarray(list(own.values()), dtype=np.float64) for own in held]
-    pooled = np.zeros(len(codes))
-    for places, own in zip(rows, counts, strict=True):
-        pooled[places] += own
-    pool = pooled / pooled.sum()
-    pairs = [_against_pool(own / own.sum(), pool[places]) for places, own in zip(rows, counts, strict=True)]
-    js, tv = (np.asarray(values) for values in zip(*pairs, strict=True))
+    begins = edges[here]
+    sizes = np.add.reduceat(counts, begins)
+    line = np.repeat(np.arange(number), np.diff(edges)[here])
+    pooled = np.bincount(codes, weights=counts, minlength=num_keys)
+    p, q = counts / sizes[line], (pooled / pooled.sum())[codes]
+    js, tv = _against_pool(p, q, begins)
     found: dict[str, float | None] = {
         "js_mean": _rounded(js.mean()),
         "js_max": _rounded(js.max()),
@@ -55,37 +86,32 @@ def distances(clients: Sequence[Counts]) -> dict[str, float | None] | None:
         "js_even": None,
         "tv_even": None,
     }
-    if len(held) * max(len(held), len(codes)) <= _MOST_CELLS:
-        table = np.zeros((len(held), len(codes)))
-        for line, places, own in zip(table, rows, counts, strict=True):
-            line[places] = own / own.sum()
-        if len(held) ** 2 * len(codes) <= 10 * _MOST_CELLS:
+    if number * max(number, num_keys) <= _MOST_CELLS:
+        if number**2 * num_keys <= 10 * _MOST_CELLS:
+            table = np.zeros((number, num_keys))
+            table[line, codes] = p
             found["js_pairs"] = _rounded(_mean_of_pairs(table))
-        even = _even_deal(pooled.astype(np.int64), [int(own.sum()) for own in counts])
+        even = _even_deal(pooled.astype(np.int64), sizes.tolist())
         found["js_even"], found["tv_even"] = (_rounded(value) for value in even)
     return found
 
 
-def length_counts(lengths: Sequence[NDArray[np.integer]]) -> list[dict[str, int]]:
-    """Rows of each client by the tenth of the pool's lengths that they are in."""
-    pooled = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
-    if not len(pooled):
-        return [{} for _ in lengths]
+def length_counts(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Of each row, the tenth of the pool's lengths that it is in."""
+    if not len(lengths):
+        return np.zeros(0, dtype=np.int64)
     shares = np.arange(1, LENGTH_BINS) / LENGTH_BINS
-    edges = np.unique(np.quantile(pooled, shares, method="inverted_cdf"))
-    found = []
-    for own in lengths:
-        sizes = np.bincount(np.searchsorted(edges, own), minlength=len(edges) + 1)
-        found.append({str(place): int(size) for place, size in enumerate(sizes) if size})
-    return found
+    return np.searchsorted(np.unique(np.quantile(lengths, shares, method="inverted_cdf")), lengths)
 
 
-def _against_pool(p: NDArray[np.float64], q: NDArray[np.float64]) -> tuple[float, float]:
-    """(js, tv) of a client and the pool; `q` is the pool where the client has rows. Elsewhere p is 0."""
+def _against_pool(
+    p: NDArray[np.float64], q: NDArray[np.float64], begins: Sequence[int] | NDArray[np.int64] = (0,)
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(js, tv) of each client and the pool; `q` is the pool where the client has rows. Elsewhere p is 0."""
     middle = (p + q) / 2
-    elsewhere = max(0.0, 1.0 - float(q.sum()))
-    js = float((p * np.log2(p / middle) + q * np.log2(q / middle)).sum()) / 2 + elsewhere / 2
-    return js, float(np.abs(p - q).sum()) / 2 + elsewhere / 2
+    elsewhere = np.maximum(0.0, 1.0 - np.add.reduceat(q, begins))
+    js = np.add.reduceat(p * np.log2(p / middle) + q * np.log2(q / middle), begins) / 2 + elsewhere / 2
+    return js, np.add.reduceat(np.abs(p - q), begins) / 2 + elsewhere / 2
 
 
 def _entropy(p: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -114,7 +140,7 @@ def _even_deal(pooled: NDArray[np.int64], sizes: Sequence[int]) -> tuple[float, 
     for size in sizes:
         for drawn in rng.multivariate_hypergeometric(pooled, size, size=times, method="marginals"):
             there = np.flatnonzero(drawn)
-            found.append(_against_pool(drawn[there] / size, pool[there]))
+            found.append([float(value[0]) for value in _against_pool(drawn[there] / size, pool[there])])
     js, tv = np.mean(found, axis=0)
     return float(js), float(tv)
 

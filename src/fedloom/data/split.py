@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.data import keys as columns
-from fedloom.data.keys import Groups, Keys, Numbers, coded, keys_from
+from fedloom.data.holdings import Held, Names
+from fedloom.data.keys import Keys, Numbers, coded, keys_from
 from fedloom.data.rows import as_rows
 from fedloom.data.store import Row
 from fedloom.errors import UserError, suggest
@@ -45,7 +46,7 @@ def _at_least_one(clients: int) -> None:
         raise UserError(f"split.clients {clients}: must be at least 1", code="split.clients")
 
 
-def iid(num_rows: int, clients: int, seed: int) -> Groups:
+def iid(num_rows: int, clients: int, seed: int) -> Held:
     """A random deal; sizes differ by at most one.
 
     Raises:
@@ -56,11 +57,10 @@ def iid(num_rows: int, clients: int, seed: int) -> Groups:
         raise UserError(
             f"split.clients {clients:,}, but there are {num_rows:,} rows: at most {num_rows:,}", code="split.clients"
         )
-    order = _rng(seed, "split").permutation(num_rows)
-    return {name: np.sort(order[place::clients]) for place, name in enumerate(client_ids(clients))}
+    return deal(num_rows, Names(client_ids(clients)), seed, "split")
 
 
-def dirichlet(keys: Keys | Sequence[str], clients: int, alpha: float, seed: int, attempt: int = 0) -> Groups:
+def dirichlet(keys: Keys | Sequence[str], clients: int, alpha: float, seed: int, attempt: int = 0) -> Held:
     """Each category's rows are dealt in proportions drawn from Dirichlet(alpha): small alpha, few categories each.
 
     `attempt` gives another draw of the same seed; a client may be left with nothing, which the caller redraws.
@@ -76,20 +76,19 @@ def dirichlet(keys: Keys | Sequence[str], clients: int, alpha: float, seed: int,
             f"split.clients {clients:,}, but there are {len(keys):,} rows: at most {len(keys):,}", code="split.clients"
         )
     rng = _rng(seed, f"split/{attempt}")
-    names = client_ids(clients)
-    dealt: dict[str, list[Numbers]] = {name: [] for name in names}
+    owner = np.full(len(keys), -1, dtype=np.int32)
     for _, members in sorted(_keys(keys).members().items()):
         order = rng.permutation(members)
         shares = rng.dirichlet(np.full(clients, float(alpha)))
         if not np.isfinite(shares).all():  # a tiny alpha underflows: all to one client is what it tends to
             shares = np.eye(clients)[rng.integers(clients)]
         edges = np.rint(np.cumsum(shares)[:-1] * len(order)).astype(np.int64)
-        for name, part in zip(names, np.split(order, edges), strict=True):
-            dealt[name].append(part)
-    return {name: _together(parts) for name, parts in dealt.items()}
+        sizes = np.diff(np.concatenate([[0], np.clip(edges, 0, len(order)), [len(order)]]))
+        owner[order] = np.repeat(np.arange(clients, dtype=np.int32), sizes)
+    return Held.by_owner(Names(client_ids(clients)), owner)
 
 
-def shards(keys: Keys | Sequence[str], clients: int, per_client: int, seed: int) -> Groups:
+def shards(keys: Keys | Sequence[str], clients: int, per_client: int, seed: int) -> Held:
     """Rows are sorted by key and cut into equal shards, and each client gets `per_client` of them at random (McMahan
     et al. 2017): with 2 shards most clients have two keys. Sizes of shards differ by at most one row.
 
@@ -109,14 +108,16 @@ def shards(keys: Keys | Sequence[str], clients: int, per_client: int, seed: int)
         )
     rng = _rng(seed, "split")
     order = np.concatenate([rng.permutation(members) for _, members in sorted(_keys(keys).members().items())])
-    cut = np.array_split(order, number)
-    drawn = rng.permutation(number).reshape(clients, per_client)
-    return {
-        name: _together([cut[shard] for shard in own]) for name, own in zip(client_ids(clients), drawn, strict=True)
-    }
+    drawn = rng.permutation(number)  # the first `per_client` are those of the first client, and so on
+    holder = np.empty(number, dtype=np.int32)
+    holder[drawn] = np.arange(number, dtype=np.int32) // per_client
+    each, more = divmod(len(order), number)
+    owner = np.full(len(keys), -1, dtype=np.int32)
+    owner[order] = np.repeat(holder, each + (np.arange(number) < more))
+    return Held.by_owner(Names(client_ids(clients)), owner)
 
 
-def quantity_skew(num_rows: int, clients: int, alpha: float, seed: int, attempt: int = 0) -> Groups:
+def quantity_skew(num_rows: int, clients: int, alpha: float, seed: int, attempt: int = 0) -> Held:
     """Rows are dealt at random, in sizes drawn from Dirichlet(alpha): small alpha, few clients hold most of them.
 
     `attempt` gives another draw of the same seed; a client may be left with nothing, which the caller redraws.
@@ -127,7 +128,7 @@ def quantity_skew(num_rows: int, clients: int, alpha: float, seed: int, attempt:
     return dirichlet(Keys(np.zeros(num_rows, dtype=np.int32), ["row"]), clients, alpha, seed, attempt)
 
 
-def by_key(keys: Keys | Sequence[str], clients: int | None, what: str) -> Groups:
+def by_key(keys: Keys | Sequence[str], clients: int | None, what: str) -> Held:
     """One client per key, named like it. With fewer clients than keys, keys are dealt round robin, the largest first,
     and a client that holds one key alone keeps its name.
 
@@ -136,29 +137,38 @@ def by_key(keys: Keys | Sequence[str], clients: int | None, what: str) -> Groups
     Raises:
         UserError: more clients than keys.
     """
-    held = _keys(keys).members()
-    if clients is None or clients == len(held):
-        return dict(sorted(held.items()))
+    keys = _keys(keys)
+    sizes = np.bincount(keys.codes[keys.codes >= 0], minlength=len(keys.names))
+    codes = [int(code) for code in np.flatnonzero(sizes)]
+    if clients is None or clients == len(codes):
+        codes.sort(key=lambda code: keys.names[code])
+        return _by_code(keys, codes, np.arange(len(codes)), [keys.names[code] for code in codes])
     _at_least_one(clients)
-    if clients > len(held):
-        listed = ", ".join(sorted(held)[:12]) + (f" and {len(held) - 12} more" if len(held) > 12 else "")
+    if clients > len(codes):
+        held = sorted(keys.names[code] for code in codes)
+        listed = ", ".join(held[:12]) + (f" and {len(held) - 12} more" if len(held) > 12 else "")
         raise UserError(
             f"split.clients {clients:,}, but the data has {len(held):,} {what} ({listed}): at most {len(held):,}",
             hint=f"split.clients={len(held)}, or split.kind=dirichlet, which shares a category among clients",
             code="split.clients",
         )
-    order = sorted(held, key=lambda key: (-len(held[key]), key))
-    groups: Groups = {}
-    for place, name in enumerate(client_ids(clients)):
-        mine = order[place::clients]
-        groups[mine[0] if len(mine) == 1 else name] = _together([held[key] for key in mine])
-    return groups
+    codes.sort(key=lambda code: (-sizes[code], keys.names[code]))
+    alone = len(codes) - clients  # a client from this place on has one key only
+    names = [keys.names[codes[place]] if place >= alone else name for place, name in enumerate(client_ids(clients))]
+    return _by_code(keys, codes, np.arange(len(codes)) % clients, names)
+
+
+def _by_code(keys: Keys, codes: Sequence[int], clients: NDArray[np.integer], names: Sequence[str]) -> Held:
+    """The rows of the n-th code go to the client at `clients[n]`."""
+    owner = np.full(len(keys.names) + 1, -1, dtype=np.int32)  # the last is that of no code
+    owner[codes] = clients
+    return Held.by_owner(Names(names), owner[keys.codes])
 
 
 class Named(NamedTuple):
     """Clients made of the data's own keys, and the rows that belong to nobody, by reason."""
 
-    groups: Groups
+    groups: Held
     left_out: dict[str, int]
 
 
@@ -241,41 +251,38 @@ def _named(keys: Keys, clients: int | None, min_rows: int | None, what: str, mis
     if without:
         left_out[f"no {missing}"] = without
     if min_rows is not None:
-        sizes = {name: len(members) for name, members in keys.members().items()}
-        small = {name for name, size in sizes.items() if size < min_rows}
-        if len(small) == len(sizes):
-            most = max(sizes, key=lambda name: sizes[name])
+        sizes = np.bincount(keys.codes[keys.codes >= 0], minlength=len(keys.names))
+        number, small = int((sizes > 0).sum()), int(((sizes > 0) & (sizes < min_rows)).sum())
+        if small == number:
+            most = int(sizes.argmax()) if number else 0
             raise UserError(
-                f"split.min_rows {min_rows:,}: none of the {len(sizes):,} {what} has as many rows; the largest, "
-                f"{most}, has {sizes[most]:,}",
+                f"split.min_rows {min_rows:,}: none of the {number:,} {what} has as many rows; the largest, "
+                f"{keys.names[most]}, has {sizes[most]:,}",
                 hint=f"split.min_rows={sizes[most]} at most",
                 code="split.min_rows",
             )
         if small:
-            gone = np.isin(keys.codes, [code for code, name in enumerate(keys.names) if name in small])
-            left_out[f"of {len(small):,} {what} with fewer than split.min_rows {min_rows:,}"] = int(gone.sum())
+            gone = np.append(sizes < min_rows, False)[keys.codes]
+            left_out[f"of {small:,} {what} with fewer than split.min_rows {min_rows:,}"] = int(gone.sum())
             keys = Keys(np.where(gone, np.int32(-1), keys.codes), keys.names)
-    there = keys.known
-    held = by_key(keys[there], clients, what)
-    return Named({name: there[places] for name, places in held.items()}, left_out)
+    return Named(by_key(keys, clients, what), left_out)
 
 
 def _keys(keys: Keys | Sequence[str]) -> Keys:
     return keys if isinstance(keys, Keys) else keys_from(keys)
 
 
-def _together(parts: Sequence[Numbers]) -> Numbers:
-    return np.sort(np.concatenate(parts)) if len(parts) != 1 else np.sort(parts[0])
-
-
 # ---------------------------------------------------------------- train, validation, test
 
 
-def part_sizes(size: float, rows: Mapping[str, int], name: str) -> dict[str, int]:
+def part_sizes(
+    size: float, rows: Mapping[str, int], name: str, taken: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """How many of each client's rows go to a part.
 
     A share below 1 is a share of each client's rows, rounded to the nearest. A whole number is rows over all clients,
-    in proportion to what they have, so that they add up to it.
+    in proportion to what they have, so that they add up to it. Of clients that rounding down leaves equally far behind,
+    those come last that would have no row left to train on, given what was `taken` for another part.
 
     >>> part_sizes(0.1, {"a": 25, "b": 4}, "val_set_size"), part_sizes(3, {"a": 20, "b": 10}, "val_set_size")
     ({'a': 3, 'b': 0}, {'a': 2, 'b': 1})
@@ -283,7 +290,15 @@ def part_sizes(size: float, rows: Mapping[str, int], name: str) -> dict[str, int
     Raises:
         UserError: below 0, no whole number, or as many rows as there are.
     """
-    total = sum(rows.values())
+    held = np.fromiter(rows.values(), dtype=np.int64, count=len(rows))
+    before = None if taken is None else np.fromiter((taken[client] for client in rows), dtype=np.int64)
+    found = part_counts(size, held, list(rows), name, before)
+    return dict(zip(rows, found.tolist(), strict=True))
+
+
+def part_counts(size: float, held: Numbers, ids: Sequence[str], name: str, taken: Numbers | None = None) -> Numbers:
+    """The same with arrays: rows of each client, and what was taken of them."""
+    total = int(held.sum())
     if size < 0 or (size >= 1 and size != int(size)):
         raise UserError(f"data.{name} {size}: must be a share below 1, or a whole number of rows", code=f"data.{name}")
     if size >= total > 0:
@@ -293,13 +308,14 @@ def part_sizes(size: float, rows: Mapping[str, int], name: str) -> dict[str, int
             code=f"data.{name}",
         )
     if size < 1:
-        return {client: int(np.floor(size * own + 0.5)) for client, own in rows.items()}
-    exact = {client: int(size) * own / total for client, own in rows.items()}
-    sizes = {client: int(share) for client, share in exact.items()}
+        return np.asarray(np.floor(size * held + 0.5), dtype=np.int64)
+    exact = int(size) * held / total
+    sizes = exact.astype(np.int64)
     # The rows that rounding down left over go to the largest remainders.
-    order = sorted(rows, key=lambda client: (sizes[client] - exact[client], client))
-    for client in order[: int(size) - sum(sizes.values())]:
-        sizes[client] += 1
+    bare = held - sizes - (0 if taken is None else taken) < 2
+    order = np.asarray(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64)
+    order = order[np.lexsort(((sizes - exact)[order], bare[order]))]
+    sizes[order[: int(size) - int(sizes.sum())]] += 1
     return sizes
 
 
@@ -330,10 +346,36 @@ def divide(
     return Parts(*parts)
 
 
-def deal(num_rows: int, clients: Sequence[str], seed: int, purpose: str = "deal") -> Groups:
-    """Deal rows of a given test file to clients at random; with fewer rows than clients some get none."""
-    order = _rng(seed, purpose).permutation(num_rows)
-    return {name: np.sort(order[place :: len(clients)]) for place, name in enumerate(clients)}
+def divided(
+    groups: Held, content: NDArray[np.integer], num_validation: Numbers, num_test: Numbers, seed: int
+) -> NDArray[np.int8]:
+    """`divide` of all clients: the part of each row (0 train, 1 validation, 2 test), -1 where it is nobody's.
+
+    Args:
+        content: of each row, as in `divide`.
+        num_validation, num_test: rows, one number per client.
+    """
+    part = np.full(len(content), -1, dtype=np.int8)
+    part[groups.numbers] = 0
+    for place in np.flatnonzero(num_validation + num_test).tolist():
+        own = divide(
+            groups.at(place),
+            content,
+            num_validation=int(num_validation[place]),
+            num_test=int(num_test[place]),
+            seed=seed,
+            client=groups.ids[place],
+        )
+        part[own.validation] = 1
+        part[own.test] = 2
+    return part
+
+
+def deal(num_rows: int, clients: Sequence[str], seed: int, purpose: str = "deal") -> Held:
+    """Deal rows to clients at random, in turn; with fewer rows than clients some get none."""
+    owner = np.empty(num_rows, dtype=np.int32)
+    owner[_rng(seed, purpose).permutation(num_rows)] = np.arange(num_rows) % len(clients)
+    return Held.by_owner(clients if isinstance(clients, Names) else Names(clients), owner)
 
 
 def counts(keys: Keys, members: Numbers) -> dict[str, int]:
@@ -341,13 +383,3 @@ def counts(keys: Keys, members: Numbers) -> dict[str, int]:
     codes, sizes = np.unique(keys.codes[members], return_counts=True)
     found = {keys.names[code]: int(size) for code, size in zip(codes.tolist(), sizes, strict=True) if code >= 0}
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
-
-
-def holders(groups: Mapping[str, Numbers], keys: Keys) -> dict[str, str]:
-    """Key -> the client that holds its rows, for splits in which one client holds all of a key."""
-    return {
-        keys.names[code]: name
-        for name, members in groups.items()
-        for code in np.unique(keys.codes[members]).tolist()
-        if code >= 0
-    }

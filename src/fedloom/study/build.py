@@ -42,7 +42,6 @@ from fedloom.clients import (
     zo_client,
 )
 from fedloom.compress import cast, low_rank, nonzero, quantize, random_k, top_k, zstd
-from fedloom.data.batches import steps_per_epoch
 from fedloom.data.clients import Clients, population
 from fedloom.data.federation import ClientData, Federation
 from fedloom.data.pair_batches import Pairs
@@ -51,6 +50,7 @@ from fedloom.errors import UserError
 from fedloom.models.load import Base, load_tokenizer
 from fedloom.ops.ranks import Ranks
 from fedloom.optimizers import Optimizer, adagrad, adam, adamw, decay, sgd, yogi
+from fedloom.personal import Store
 from fedloom.rounds import Sampling
 from fedloom.runtimes import ClientSite, Room, batched, buffered, loopback, sequential, with_dropout, with_ranks
 from fedloom.runtimes import payload as sides
@@ -80,6 +80,7 @@ logger = logging.getLogger("fedloom")
 POOLED = "pooled"  # the one client of the global arm
 CPU_NUMBERS_PER_PASS = 640_000  # tokens x hidden size: beyond it a wider pass loses on a CPU (benchmarks/throughput)
 GPU_TOKENS_PER_PASS = 32_768
+PERSONAL_BYTES = 1 << 30  # of all clients' personal state; beyond it, it lies on disk
 WEIGHTS_PER_PASS = 32_000_000  # trained numbers of all clients in a pass: each has its own, its gradient, its optimiser
 
 # Shares of clients with an eighth, a quarter, half and all of the adapter's rank.
@@ -466,7 +467,7 @@ def population_weight_of(recipe: Recipe, federation: Federation) -> float:
     """The weight of all clients together, in the cohort or not: how many there are, or their training rows."""
     if recipe.aggregate.weighting == "uniform":
         return float(len(federation.clients))
-    return float(sum(len(client.train) for client in federation.clients.values()))
+    return float(federation.sizes("train").sum())
 
 
 def rank_of(recipe: Recipe, client: str) -> int | None:
@@ -493,8 +494,8 @@ def population_of(federation: Federation, recipe: Recipe, arm: str) -> Clients:
     if arm != "global":
         return population(federation, batch_size=size, seed=recipe.seed, num_steps=steps, num_epochs=epochs)
     if steps is None:
-        each = [steps_per_epoch(len(one.train), size) * (epochs or 1) for one in federation.clients.values()]
-        steps = max(1, round(sum(each) / len(each)))
+        each = -(-federation.sizes("train") // size) * (epochs or 1)
+        steps = max(1, round(int(each.sum()) / len(each)))
     pooled = ClientData(POOLED, *(federation.pooled(part) for part in ("train", "validation", "test")))
     width = uploads_per_round(recipe, len(federation.clients))
     pad_id = pad_id_of(federation.tokenizer)
@@ -549,6 +550,21 @@ def sampling_of(recipe: Recipe, arm: str, num_clients: int) -> Sampling:
         at_once = clients_per_round(recipe, num_clients) or num_clients
         return Sampling(min(num_clients, at_once + uploads_per_round(recipe, num_clients)))
     return Sampling(clients_per_round(recipe, num_clients) if arm == "federated" else None)
+
+
+def personal_of(
+    recipe: Recipe, algorithm: Algorithm, params: Tree, num_clients: int, place: Path
+) -> Mapping[str, Tree]:
+    """Where the clients' personal state will lie, nothing in it yet: in memory, or in the file `place`."""
+    kind = recipe.runtime.personal_state
+    each = sum(leaf.numel() * leaf.element_size() for leaf in algorithm.client.personal(params).values())
+    if kind == "memory" or not each or recipe.runtime.kind == "buffered":
+        return {}
+    if kind == "auto" and each * num_clients <= PERSONAL_BYTES:
+        return {}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    device = next(iter(params.values())).device
+    return Store(place, device).cut(0) if not place.exists() else Store(place, device).at(0)
 
 
 # ---- how it is mapped to the machine ---------------------------------------------------------------------------------

@@ -111,8 +111,8 @@ def _plan(clients: Sequence[Mapping[str, Any]]) -> _Plan:
 
 
 def _title(report: Mapping[str, Any]) -> str:
-    clients = len(report["clients"])
-    rows = sum(one[part] for one in report["clients"] for part in _PARTS)
+    clients = report.get("num_clients", len(report["clients"]))
+    rows = sum((report.get("rows") or {}).values()) or sum(one[part] for one in report["clients"] for part in _PARTS)
     dealt = str(report["split"]).replace("_", " ")
     source = str(report["source"]).rstrip("/").rpartition("/")[2]
     return f"{short(source, 48)}: {rows:,} rows, {clients:,} client{'s' * (clients > 1)}, {dealt}"

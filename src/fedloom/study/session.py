@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ import torch
 
 from fedloom import tree
 from fedloom.data.batches import Batches, collate
-from fedloom.data.federation import Federation, prepare
+from fedloom.data.federation import PARTS, Federation, prepare
+from fedloom.data.listing import spread
 from fedloom.data.pair_batches import PairBatches, Pairs, collate_pairs
 from fedloom.data.tokens import pad_id_of
 from fedloom.errors import RunError, UserError
@@ -47,6 +49,8 @@ from fedloom.study.progress import amount, byte_text, duration
 from fedloom.study.recipe import Recipe
 from fedloom.types import Adapter, Client, Site
 
+LOCAL_CLIENTS = 10_000  # each has a model, and each model is tested on the rows of all
+PLANNED_CLIENTS = 1000  # whose batches are looked at for the plan; of more, as many, evenly spread
 SMOKE_CLIENTS, SMOKE_ROWS, SMOKE_STEPS, SMOKE_ITEMS = 2, 8, 2, 2
 
 
@@ -75,7 +79,7 @@ class Session:
 
     @property
     def owners(self) -> Sequence[str]:
-        return list(self.federation.clients)
+        return self.federation.ids
 
     def measures(self, on_scored: OnScored | None = None) -> Measures:
         return measures(self.recipe, self.federation, on_scored)
@@ -120,7 +124,7 @@ def _chosen_by(recipe: Recipe, federation: Federation) -> str:
     wanted = settings.best_by
     if wanted is not None and "/" in wanted:
         return wanted
-    if wanted is None or not any(len(client.validation) for client in federation.clients.values()):
+    if wanted is None or not federation.sizes("validation").any():
         if settings.early_stopping_patience is not None:
             raise UserError(
                 f"evaluate.early_stopping_patience {settings.early_stopping_patience}, but no client has a validation "
@@ -208,6 +212,13 @@ def _check_cohort(recipe: Recipe, federation: Federation) -> None:
             f"clients_per_round {wanted}, but the split has {there} clients: at most {there}",
             hint=f"clients_per_round={there}, or a split with more clients",
             code="recipe.clients_per_round",
+        )
+    if "local" in recipe.arms and there > LOCAL_CLIENTS:
+        raise UserError(
+            f"arms: local trains a model for each of {there:,} clients and tests each on the rows of all: at most "
+            f"{LOCAL_CLIENTS:,} clients",
+            hint="arms=[federated], or a smaller split.clients",
+            code="recipe.arms",
         )
     uploads_per_round(recipe, there)
 
@@ -302,15 +313,16 @@ def plan(session: Session, *, probe: bool = True) -> PlanReport:
     state = initial_state(algorithm, adapter, recipe.seed)
     population = population_of(federation, recipe, "federated")
     ids = population.ids
+    shown = [ids[place] for place in spread(len(ids), PLANNED_CLIENTS)]
     cohort = uploads_per_round(recipe, len(ids))
     told = () if recipe.runtime.kind == "buffered" else tuple(ids[:cohort])  # nobody is told of others there
-    steps = [len(population.batches(client, 0)) for client in ids]
-    up, down = message_bytes(algorithm, adapter, state, Client(ids[0], ()), told, max(steps))
+    steps = population.steps_of(federation.sizes("train"))
+    up, down = message_bytes(algorithm, adapter, state, Client(ids[0], ()), told, int(steps.max()))
     speed = _probe(session) if probe else None
     report = federation.report
     seconds = None
     if speed is not None:
-        per_round = sum(population.batches(client, 0).num_tokens for client in ids) / len(ids) * cohort
+        per_round = sum(population.batches(client, 0).num_tokens for client in shown) / len(shown) * cohort
         local = len(ids) / cohort  # the local arm trains everyone in every round
         arms = sum({"federated": 1.0, "global": 1.0, "local": local}.get(arm, 0.0) for arm in recipe.arms)
         seconds = per_round * recipe.rounds * arms / speed
@@ -327,8 +339,8 @@ def plan(session: Session, *, probe: bool = True) -> PlanReport:
         clients=len(ids),
         clients_per_round=cohort,
         rounds=recipe.rounds,
-        steps_per_round=round(sum(steps) / len(steps)),
-        rows={part: len(federation.pooled(part)) for part in ("train", "validation", "test")},
+        steps_per_round=round(float(steps.mean())),
+        rows={part: int(federation.sizes(part).sum()) for part in PARTS},
         tokens=dict(report.tokens),
         bytes_up_per_client_round=up,
         bytes_down_per_client_round=down,
@@ -371,7 +383,7 @@ def _probe(session: Session) -> float:
     state = initial_state(algorithm, adapter, recipe.seed)
     population = population_of(federation, recipe, "federated")
     width = clients_in_a_pass(recipe, session.room)
-    ids = list(population.ids)[: width if algorithm.client.cohort_axis else 1]
+    ids = list(itertools.islice(population.ids, width if algorithm.client.cohort_axis else 1))
     train = federation.pooled("train")
     size = recipe.client.per_device_train_batch_size * recipe.client.gradient_accumulation_steps
     pad_id = pad_id_of(federation.tokenizer)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedloom.errors import RunError
+from fedloom.personal import joined
 from fedloom.seeds import seed_of
 from fedloom.tree import all_finite
 from fedloom.types import Adapter, Algorithm, Client, RoundReport, Runtime, Site, State, Tree, Upload
@@ -86,7 +87,7 @@ def run_round(
             code="round.nonfinite",
         )
     base = adapter.accumulate(state.base, proposal.merge) if proposal.merge else state.base
-    personal = {**state.personal, **trained.personal}
+    personal = joined(state.personal, trained.personal)
     after = State(state.seed, state.round + 1, params, server, personal, base)
     seconds = time.perf_counter() - start
     return after, RoundReport(after.round, ids, trained.failed, trained.upload.metrics, trained.clients, seconds)

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 from tests.study.tiny_runs import kill_at, outcome, recipe
 
+from fedloom.personal import Store
 from fedloom.study.compare import compare
 from fedloom.study.report_compare import compare_page
 from fedloom.study.run import run_recipe
@@ -33,6 +34,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, home, tmp_path):
     copies = 2 if method == "scaffold" else 1
     for way in ("up", "down"):
         assert copies * once < result["costs"][f"bytes_{way}_per_client_round"] < copies * once + 8000
+
+
+@pytest.mark.parametrize("method", ["scaffold", "fedsa_lora"])
+def test_personal_state_on_disk_gives_the_very_run_of_memory_also_after_a_kill(method, home, tmp_path):
+    told = {**LIGHT, "method": method, "clients_per_round": 2}
+    plain = outcome(run_recipe(recipe(home, tmp_path / "plain", **told)))
+    broken = recipe(
+        home, tmp_path / "broken", **told, runtime={"personal_state": "disk"}, checkpoint={"save_rounds": 2}
+    )
+    kill_at(broken, "after line federated 3")  # round 3 is in the file, and in no checkpoint
+    place = tmp_path / "broken" / "checkpoints" / "federated" / "personal.sqlite"
+    assert Store(place).head == 3
+    run_recipe(broken, resume=tmp_path / "broken")
+    found = outcome(tmp_path / "broken")
+    for one in (plain, found):
+        for key in ("runtime", "checkpoint"):
+            one["result"]["recipe"].pop(key)
+    assert found == plain
+    adapter_only = sum(part.stat().st_size for part in place.parent.glob("round_*/state.safetensors"))
+    kept = Store(place)
+    assert kept.head == 3 and len(kept.at(3)) == 3 and place.stat().st_size > adapter_only / 4
 
 
 def test_the_other_arms_of_such_a_recipe_are_plain(home, tmp_path):

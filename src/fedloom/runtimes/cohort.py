@@ -17,6 +17,7 @@ from torch import Tensor
 from fedloom.errors import FedloomError, RunError
 from fedloom.ops.graph import whole_graph
 from fedloom.ops.names import TOLD, apart
+from fedloom.personal import staged
 from fedloom.runtimes import payload as sides
 from fedloom.runtimes.room import OUT_OF_MEMORY, Room, is_out_of_memory, let_go
 from fedloom.seeds import seed_of
@@ -58,7 +59,7 @@ def batched(clients_per_batch: int | Room) -> Runtime:
     def train(algorithm: Algorithm, adapter: Adapter, state: State, cohort: Sequence[Client]) -> Trained:
         ids = tuple(client.id for client in cohort)
         total: Upload | None = None
-        personal: dict[str, Tree] = {}
+        personal = staged(state.personal)
         clients: dict[str, Metrics] = {}
         failed: dict[str, str] = {}
         broadcast = sides.broadcast_payload(algorithm, state)

@@ -446,6 +446,12 @@ class RuntimeRecipe(Block):
         description="What multiplies LoRA's factors: torch's batched products, or Triton's kernels on a CUDA GPU, "
         "forward and backward. Only for LoRA of ranks up to 128. Which is faster: python -m benchmarks.gpu.",
     )
+    personal_state: Literal["auto", "memory", "disk"] = Field(
+        "auto",
+        description="Where clients' personal state lies (own parameters, control variates, residuals, moments): in "
+        "memory, or in one file of the run folder. `auto` is memory while that of all clients would take 1 GiB at "
+        "most, and always for buffered.",
+    )
     client_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Share of a round's clients that fail, simulated."
     )

@@ -3,6 +3,7 @@
     FOLDER/round_00012/state.safetensors      params/..., server/..., base/..., personal/<number>/...
                        state.json             round, seed, clients' ids by number, checksums, what the runner adds
            best.json                          the round that is best so far
+           personal.sqlite                    clients' personal state, where it lies on disk: a version per round
 
 A checkpoint is written to a temporary sibling, every file and folder is synced, and one rename makes it appear. Reading
 checks sizes before anything is allocated, then checksums; nothing is unpickled. Client ids may hold any characters, so
@@ -20,6 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from fedloom import tree
 from fedloom.errors import RunError, UserError
+from fedloom.personal import OnDisk, Store
 from fedloom.study.folder import (
     full_disk_explained,
     json_text,
@@ -40,14 +43,16 @@ from fedloom.study.folder import (
 )
 from fedloom.types import State, Tree
 
-__all__ = ["best_round", "load", "rounds", "save"]
+__all__ = ["PERSONAL", "best_round", "load", "rounds", "save"]
 
 logger = logging.getLogger("fedloom")
 
 SCHEMA = 1
+WITH_STORE = 2  # the personal state is a version of the store beside it
 TENSORS = "state.safetensors"
 FACTS = "state.json"
 BEST = "best.json"
+PERSONAL = "personal.sqlite"
 _NAME = re.compile(r"^round_(\d{5,})$")
 _MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 _MAX_FACTS_BYTES = 1_000_000_000
@@ -93,11 +98,12 @@ def save(folder: Path, state: State, extra: Mapping[str, Any], keep_last: int, b
     if keep_last < 1:
         raise ValueError(f"keep_last is {keep_last}; at least the newest checkpoint has to stay")
     target = folder / f"round_{state.round:05d}"
-    clients = list(state.personal)
+    store = _store_of(state, folder)
+    clients = [] if store is not None else list(state.personal)
     tensors = _tensors(state, clients)
     header = _header(tensors)
     facts: dict[str, Any] = {
-        "schema": SCHEMA,
+        "schema": SCHEMA if store is None else WITH_STORE,
         "round": state.round,
         "seed": state.seed,
         "best": best,
@@ -113,6 +119,8 @@ def save(folder: Path, state: State, extra: Mapping[str, Any], keep_last: int, b
         for parent in made:
             sync_folder(parent.parent)
         remove_leftovers(folder)
+        if store is not None:
+            store.sync()
         try:
             temporary.mkdir()
             facts["bytes"], facts["sha256"] = _write_tensors(temporary / TENSORS, header, tensors)
@@ -126,7 +134,19 @@ def save(folder: Path, state: State, extra: Mapping[str, Any], keep_last: int, b
     if best:
         write_atomic(folder / BEST, json_text({"round": state.round}) + "\n")
     _prune(folder, state.round, keep_last)
+    if store is not None:
+        store.keep(set(rounds(folder)))
     return target
+
+
+def _store_of(state: State, folder: Path) -> Store | None:
+    """The store of `folder` that has the personal state; one that lies elsewhere is copied like any other mapping."""
+    personal = state.personal
+    if not isinstance(personal, OnDisk) or personal.store.path.parent.absolute() != folder.absolute():
+        return None
+    if personal.version != state.round:
+        raise ValueError(f"the personal state is of round {personal.version}, the state of round {state.round}")
+    return personal.store
 
 
 def _tensors(state: State, clients: list[str]) -> dict[str, Tensor]:
@@ -270,18 +290,33 @@ def load(folder: Path, template: State, which: Literal["newest", "best"] = "newe
         try:
             facts = _read_facts(path, round)
             flat = _read_tensors(path / TENSORS, facts)
+            kept = _stored(folder, facts, template)
         except _Damaged as damage:
             reasons.append(f"{path.name}: {damage}")
             logger.warning("checkpoint %s is damaged: %s; it is passed over", path, damage)
             continue
         if reasons:
             logger.warning("going on from %s instead", path)
-        return _state(path, facts, flat, template), facts["extra"]
+        state = _state(path, facts, flat, template)
+        return state if kept is None else replace(state, personal=kept), facts["extra"]
     raise RunError(
         f"no checkpoint in {folder} is sound: " + "; ".join(reasons),
         "start the run anew with another output_dir",
         code="checkpoint.damaged",
     )
+
+
+def _stored(folder: Path, facts: Mapping[str, Any], template: State) -> OnDisk | None:
+    if facts["schema"] == SCHEMA:
+        return None
+    if not (folder / PERSONAL).is_file():
+        raise _Damaged(f"{PERSONAL} is missing")
+    like = template.personal  # a run that goes on has opened the file already
+    store = like.store if isinstance(like, OnDisk) else Store(folder / PERSONAL, _device(template))
+    try:
+        return store.at(facts["round"])
+    except RunError as error:
+        raise _Damaged(str(error)) from error
 
 
 def _read_facts(path: Path, round: int) -> dict[str, Any]:
@@ -299,8 +334,8 @@ def _read_facts(path: Path, round: int) -> dict[str, Any]:
         raise _Damaged(f"{FACTS} is no JSON ({error})") from error
     if not isinstance(facts, dict) or not isinstance(facts.get("checksum"), str):
         raise _Damaged(f"{FACTS} has no checksum")
-    if facts.get("schema") != SCHEMA:
-        raise _Damaged(f"{FACTS} has the schema {facts.get('schema')!r}, this version reads {SCHEMA}")
+    if facts.get("schema") not in (SCHEMA, WITH_STORE):
+        raise _Damaged(f"{FACTS} has the schema {facts.get('schema')!r}, this version reads up to {WITH_STORE}")
     if _checksum(facts) != facts["checksum"]:
         raise _Damaged(f"{FACTS} does not match its checksum")
     if facts["round"] != round:
@@ -337,7 +372,7 @@ def _read_tensors(path: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _state(path: Path, facts: Mapping[str, Any], flat: Mapping[str, Tensor], template: State) -> State:
-    device = next((value.device for value in template.params.values()), torch.device("cpu"))
+    device = _device(template)
     parts: dict[str, dict[str, Tensor]] = {"params": {}, "server": {}, "base": {}}
     personal: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(facts["clients"]))}
     for key, value in flat.items():
@@ -380,6 +415,10 @@ def _state(path: Path, facts: Mapping[str, Any], flat: Mapping[str, Tensor], tem
         personal=trees,
         base=_names(parts["base"]),
     )
+
+
+def _device(template: State) -> torch.device:
+    return next((value.device for value in template.params.values()), torch.device("cpu"))
 
 
 def _names(flat: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ WITHOUT_EFFECT = (
     "name",
     "output_dir",
     "runtime.threads",
+    "runtime.personal_state",
     "checkpoint.save_rounds",
     "checkpoint.save_total_limit",
     "report_to",

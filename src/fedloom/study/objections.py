@@ -237,6 +237,16 @@ def _runtime_objections(recipe: Recipe) -> Iterator[Objection]:
             ("runtime.lora_kernel", "adapter.kind"),
             f"{runtime.lora_kernel} would have no effect: adapter.kind is {recipe.adapter.kind}; lora has it",
         )
+    if runtime.personal_state != "auto" and not _keeps_state(recipe):
+        yield Objection(
+            ("runtime.personal_state", "method"),
+            f"{runtime.personal_state} would have no effect: no client keeps anything from one round to its next",
+        )
+    elif runtime.personal_state == "disk" and runtime.kind in ("buffered", "loopback"):
+        why = "what is under way is looked through each round" if runtime.kind == "buffered" else "each client keeps it"
+        yield Objection(
+            ("runtime.personal_state", "runtime.kind"), f"disk, but runtime.kind is {runtime.kind}: {why}; memory"
+        )
     if recipe.method == "fedbuff" and runtime.kind != "buffered":
         yield Objection(
             ("runtime.kind", "method"), f"{runtime.kind}, but fedbuff is asynchronous: buffered, or method: fedavg"
@@ -266,6 +276,13 @@ def _runtime_objections(recipe: Recipe) -> Iterator[Objection]:
                 (key, "runtime.kind", "method"),
                 f"{getattr(getattr(recipe, block), leaf)}, but runtime.kind is buffered: {why}",
             )
+
+
+def _keeps_state(recipe: Recipe) -> bool:
+    """Whether clients have something of their own that lasts."""
+    client = recipe.client
+    own = client.shared != "all" or client.kind == "scaffold" or client.optimizer_state == "kept"
+    return own or bool(recipe.compress.error_feedback) or "local" in recipe.arms
 
 
 def _adapter_objections(recipe: Recipe) -> Iterator[Objection]:

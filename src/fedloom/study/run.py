@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 from fedloom.data.batches import Batches
 from fedloom.data.clients import Clients
+from fedloom.data.listing import MOST_LISTED, listed
 from fedloom.data.pair_batches import PairBatches
 from fedloom.errors import FedloomError, RunError, UserError
 from fedloom.evaluate.loss import add_metrics, mean_loss, require_finite
@@ -26,6 +27,7 @@ from fedloom.evaluate.preference import preference_figures
 from fedloom.evaluate.scores import mean_score
 from fedloom.evaluate.tasks.run import Answerer, answerer_of
 from fedloom.ops.names import CONTROL, apart
+from fedloom.personal import OnDisk
 from fedloom.rounds import federate, initial_state
 from fedloom.runtimes import batched
 from fedloom.runtimes.clock import speeds
@@ -37,6 +39,7 @@ from fedloom.study.build import (
     algorithm_of,
     export_adapter,
     global_pieces,
+    personal_of,
     population_of,
     population_weight_of,
     rank_of,
@@ -385,9 +388,11 @@ class _Runner:
         )
         population = Watched(population_of(federation, recipe, arm), self.display)
         state = initial_state(algorithm, adapter, recipe.seed)
+        saved = self.folder.checkpoints(arm)
+        own = personal_of(recipe, algorithm, state.params, len(population.ids), saved / checkpoint.PERSONAL)
+        state = replace(state, personal=own)
         gradients = recipe.client.kind not in ZEROTH_DEFAULTS
         flops = training_flops(adapter, apart(state.params, CONTROL)[1], gradients=gradients)
-        saved = self.folder.checkpoints(arm)
         totals = Totals(Best(self.best_by), models=len(population.ids) if arm == "local" else 1)
         every, tasks_every = recipe.evaluate.eval_rounds, recipe.evaluate.task_rounds
         if checkpoint.rounds(saved):
@@ -400,6 +405,8 @@ class _Runner:
             best = self._choose(arm, state.round, totals, val, tasks)
             self._line(arm, 0, None, totals, val, tasks)
             self._save(arm, state, totals, best)
+        if isinstance(state.personal, OnDisk):  # what came after the checkpoint is done again
+            state.personal.store.cut(state.round)
         population.starts(arm, len(sampling_of(recipe, arm, len(population.ids)).cohort(population.ids, 0, 0)))
         rounds = federate(
             algorithm,
@@ -453,7 +460,7 @@ class _Runner:
         self, arm: str, algorithm: Algorithm, runtime: Runtime, state: State, totals: Totals
     ) -> Mapping[str, Metrics] | None:
         """Validation metrics of each client; None without validation rows."""
-        clients = [Client(one.id, ()) for one in self.session.federation.clients.values() if len(one.validation)]
+        clients = [Client(id, ()) for id in self.session.federation.having("validation")]
         if not clients:
             return None
         if state.round == 0 and self.untouched is not None:
@@ -495,7 +502,7 @@ class _Runner:
             figures, self.left_out = measure(benchmarks, recipe, model(state.params, arm), place, named)
         else:
             several, self.left_out = [], {}
-            for number, owner in enumerate(list(self.session.owners)[: recipe.evaluate.task_clients]):
+            for number, owner in enumerate(self.session.owners[: recipe.evaluate.task_clients]):
                 rank = rank_of(recipe, owner) if arm == "federated" else None
                 tree = client_model(algorithm, adapter, state, Client(owner, (), rank=rank))
                 own, left_out = measure(
@@ -570,11 +577,12 @@ class _Runner:
             "score": mean_score(total) if total is not None else None,
         }
         if val is not None:
-            each = {client: mean_loss(row) for client, row in val.items()}
+            named = listed(val)
+            each = {client: mean_loss(row) for client, row in named.items()}
             line["val_loss_per_client"] = {
                 client: loss if math.isfinite(loss) else None for client, loss in each.items()
             }
-            scored = {client: mean_score(row) for client, row in val.items()}
+            scored = {client: mean_score(row) for client, row in named.items()}
             if any(score is not None for score in scored.values()):
                 line["score_per_client"] = scored
             line |= preference_figures(total or {})
@@ -621,7 +629,8 @@ class _Runner:
     ) -> ArmResult:
         """The arm on the test sets."""
         start = time.perf_counter()
-        owners = list(self.session.owners)
+        federation = self.session.federation
+        owners = federation.ids if arm == "local" or len(federation.ids) <= MOST_LISTED else federation.having("test")
         clients = [Client(owner, ()) for owner in owners]
         self.display.advance(0, len(clients), what)
         # the pooled model is everyone's model, so the global arm is evaluated like the base and the federated one

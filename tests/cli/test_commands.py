@@ -61,6 +61,16 @@ def test_light_commands_import_nothing_heavy(words: list[str], tmp_path: Path) -
     assert done.stdout
 
 
+def test_help_imports_little_besides_the_parser_of_command_lines() -> None:
+    """What is imported decides how long `--help` takes, on every machine; benchmarks/start measures it."""
+    code = f"import sys, typer; before = set(sys.modules); {HELP}; print('|', *sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = done.stdout.rpartition("|")[2].split()
+    assert len(found) < 40, found
+    slow = {"importlib.metadata", "importlib.resources", "asyncio", "rich", "numpy", "pydantic", "yaml", "sqlite3"}
+    assert not slow & set(found)
+
+
 def test_help_is_quick_and_names_every_command() -> None:
     code = f"import time; {HELP}; print(time.process_time())"
     # Processor time, since the wall clock counts what else the machine does; the best of three, as caches warm up.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +72,8 @@ def _yes(truth: bool) -> str:
 
 def _version(package: str) -> str | None:
     try:
+        from importlib import metadata  # slow to load: `fedloom --help` does without it
+
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None

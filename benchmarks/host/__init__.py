@@ -1,0 +1,1 @@
+"""What threads and allocators are worth in a training step on a CPU: see README.md."""

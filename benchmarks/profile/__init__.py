@@ -1,0 +1,1 @@
+"""Where the time of training goes, as a flame graph: see README.md."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,12 +71,28 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Of a suite: list its runs and what they cost; as `fedloom plan`.")
     ] = False,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            "--nproc",
+            min=1,
+            metavar="N",
+            help="Processes on this host that share each round; torchrun for several hosts.",
+        ),
+    ] = None,
     output: FormatOption = OutputFormat.text,
 ) -> None:
     """Run a recipe or a suite: plan, training, evaluation, folder."""
+    _follow_if_told()
     if resume is None:
         suite = read_suite_words(words, "run")
         if suite is not None:
+            if nproc is not None or "TORCHELASTIC_RUN_ID" in os.environ:
+                raise UserError(
+                    "this is a suite, and several processes share the work of one run",
+                    "--jobs N has several runs of a suite at once",
+                    "cli.option",
+                )
             from fedloom.cli import suites
 
             if dry_run:
@@ -89,7 +107,7 @@ def run(
                 "fedloom plan RECIPE" if dry_run else "runtime.threads=N sets the threads of one run",
                 "cli.option",
             )
-        _go(read_words(words, "run"), output, smoke=smoke)
+        _go(read_words(words, "run"), output, smoke=smoke, nproc=nproc)
         return
     if words or smoke:
         extra = (words or ["--smoke"])[0]
@@ -101,10 +119,29 @@ def run(
     from fedloom.study.folder import RunFolder
 
     RunFolder.look(resume)  # says which runs there are, if this is none
-    _go(read_words([str(resume / "recipe.yaml")], "run"), output, resume=resume)
+    _go(read_words([str(resume / "recipe.yaml")], "run"), output, resume=resume, nproc=nproc)
 
 
-def _go(loaded: Loaded, output: OutputFormat, *, resume: Path | None = None, smoke: bool = False) -> None:
+def _follow_if_told() -> None:
+    """In a process that another one leads: do what that one asks, and leave."""
+    if not {"FEDLOOM_PROCESS", "RANK"} & set(os.environ):
+        return
+    from fedloom.study.processes import follow_leader, follows
+
+    if follows():
+        code = follow_leader()
+        sys.stderr.flush()
+        os._exit(code)  # a connection on which something is still under way would keep it waiting
+
+
+def _go(
+    loaded: Loaded,
+    output: OutputFormat,
+    *,
+    resume: Path | None = None,
+    smoke: bool = False,
+    nproc: int | None = None,
+) -> None:
     from rich.console import Console
 
     from fedloom.cli.display import RichDisplay, print_result
@@ -113,7 +150,9 @@ def _go(loaded: Loaded, output: OutputFormat, *, resume: Path | None = None, smo
 
     without_data_notes()  # the run says them itself
     with RichDisplay() as display:
-        folder = run_recipe(loaded.recipe, source=loaded.source, resume=resume, smoke=smoke, display=display)
+        folder = run_recipe(
+            loaded.recipe, source=loaded.source, resume=resume, smoke=smoke, display=display, nproc=nproc
+        )
     result = RunFolder.look(folder).read_result()
     if result is None:
         say(f"{folder}: no result yet")

@@ -41,10 +41,11 @@ class Host:
     keeps_memory: bool
 
 
-def tune_host(threads: int | Literal["auto"] = "auto") -> Host:
+def tune_host(threads: int | Literal["auto"] = "auto", processes: int = 1) -> Host:
     """Set torch's thread count and the allocator, once, before the first large tensor.
 
     `auto` is the number of physical cores this process may use: two threads on one core only wait for each other.
+    So many `processes` of one run on this host share them.
 
     Raises:
         UserError: `threads` is below 1.
@@ -55,7 +56,7 @@ def tune_host(threads: int | Literal["auto"] = "auto") -> Host:
 
     if threads != "auto" and threads < 1:
         raise UserError(f"threads is {threads}, but must be 1 or more, or auto", code="host.threads")
-    count = available_cores() if threads == "auto" else threads
+    count = max(1, available_cores() // processes) if threads == "auto" else threads
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
     return Host(threads=count, keeps_memory=keep_freed_memory())

@@ -57,39 +57,7 @@ def batched(clients_per_batch: int | Room) -> Runtime:
     room = clients_per_batch if isinstance(clients_per_batch, Room) else Room(clients_per_batch)
 
     def train(algorithm: Algorithm, adapter: Adapter, state: State, cohort: Sequence[Client]) -> Trained:
-        ids = tuple(client.id for client in cohort)
-        total: Upload | None = None
-        personal = staged(state.personal)
-        clients: dict[str, Metrics] = {}
-        failed: dict[str, str] = {}
-        broadcast = sides.broadcast_payload(algorithm, state)
-        start = replace(state, params=sides.broadcast_received(algorithm, broadcast, Site(state.seed, state.round, "")))
-
-        def site_of(client: Client) -> Site:
-            return Site(state.seed, state.round, client.id, ids, max(1, len(client.batches)))
-
-        for block, sites, updates in trained_blocks(algorithm, adapter, start, cohort, room, site_of):
-            if isinstance(updates, FedloomError):
-                failed.update({client.id: updates.message for client in block})
-                continue
-            for client, site, (delta, own, metrics) in zip(block, sites, updates, strict=True):
-                try:
-                    if isinstance(metrics, RunError):
-                        raise metrics
-                    weight = sides.weight_of(algorithm, client.weight)
-                    sent = sides.client_payload(algorithm, start.params, delta, weight, site)
-                    row = counted(state, broadcast, site, sent, weight, metrics)
-                    summand = sides.server_summand(algorithm, state.params, sent, weight, row, site)
-                except FedloomError as error:
-                    failed[client.id] = error.message
-                    continue
-                total = summand if total is None else algorithm.aggregate.add(total, summand)
-                clients[client.id] = row
-                if own:
-                    personal[client.id] = own
-        if total is not None:
-            total = total._replace(metrics=sides.summed(clients))
-        return Trained(total, personal, clients, failed)
+        return train_part(algorithm, adapter, state, cohort, tuple(client.id for client in cohort), room)
 
     def evaluate(
         algorithm: Algorithm, adapter: Adapter, state: State, clients: Sequence[Client], evaluation: Evaluation
@@ -121,6 +89,48 @@ def batched(clients_per_batch: int | Room) -> Runtime:
         return {client.id: found[client.id] for client in clients}
 
     return Runtime(train, evaluate)
+
+
+def train_part(
+    algorithm: Algorithm, adapter: Adapter, state: State, part: Sequence[Client], cohort: tuple[str, ...], room: Room
+) -> Trained:
+    """The local work of some of a round's clients, and the sum of what they send.
+
+    Args:
+        cohort: the ids of all of the round's clients, in sampling order.
+    """
+    total: Upload | None = None
+    personal = staged(state.personal)
+    clients: dict[str, Metrics] = {}
+    failed: dict[str, str] = {}
+    broadcast = sides.broadcast_payload(algorithm, state)
+    start = replace(state, params=sides.broadcast_received(algorithm, broadcast, Site(state.seed, state.round, "")))
+
+    def site_of(client: Client) -> Site:
+        return Site(state.seed, state.round, client.id, cohort, max(1, len(client.batches)))
+
+    for block, sites, updates in trained_blocks(algorithm, adapter, start, part, room, site_of):
+        if isinstance(updates, FedloomError):
+            failed.update({client.id: updates.message for client in block})
+            continue
+        for client, site, (delta, own, metrics) in zip(block, sites, updates, strict=True):
+            try:
+                if isinstance(metrics, RunError):
+                    raise metrics
+                weight = sides.weight_of(algorithm, client.weight)
+                sent = sides.client_payload(algorithm, start.params, delta, weight, site)
+                row = counted(state, broadcast, site, sent, weight, metrics)
+                summand = sides.server_summand(algorithm, state.params, sent, weight, row, site)
+            except FedloomError as error:
+                failed[client.id] = error.message
+                continue
+            total = summand if total is None else algorithm.aggregate.add(total, summand)
+            clients[client.id] = row
+            if own:
+                personal[client.id] = own
+    if total is not None:
+        total = total._replace(metrics=sides.summed(clients))
+    return Trained(total, personal, clients, failed)
 
 
 def client_model(

@@ -55,6 +55,8 @@ from fedloom.rounds import Sampling
 from fedloom.runtimes import ClientSite, Room, batched, buffered, loopback, sequential, with_dropout, with_ranks
 from fedloom.runtimes import payload as sides
 from fedloom.runtimes.clock import speeds
+from fedloom.runtimes.distributed import distributed
+from fedloom.runtimes.lead import Lead
 from fedloom.seeds import seed_of
 from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, nesterov, replace
 from fedloom.study.blocks import AdapterRecipe, ClientRecipe, CompressRecipe, ServerRecipe
@@ -578,14 +580,21 @@ def runtime_of(
     make_base: Callable[[], Base],
     evaluations: Mapping[str, Evaluation],
     room: Room | None = None,
+    lead: Lead | None = None,
 ) -> Runtime:
     """The runtime of an arm. Only the federated arm loses clients or sends messages.
 
-    `room` is what a run has found out of its memory; without it each arm finds out by itself.
+    `room` is what a run has found out of its memory; without it each arm finds out by itself. With `lead` its team
+    shares the work; but for the global arm's training, which is one client's.
     """
     kind = recipe.runtime.kind
     room = room or Room(width_of(recipe, federation, base))
-    if kind == "loopback" and arm == "federated":
+    if lead is not None:
+        shared = distributed(
+            lead, arm, Room(1) if kind == "sequential" else room, evaluation_load=evaluation_load_of(federation)
+        )
+        runtime = Runtime(batched(room).train, shared.evaluate) if arm == "global" else shared
+    elif kind == "loopback" and arm == "federated":
         runtime = loopback(
             {
                 client: ClientSite(
@@ -615,6 +624,20 @@ def runtime_of(
         runtime = with_ranks(runtime, lambda client: rank_of(recipe, client))
     share = recipe.runtime.client_dropout
     return with_dropout(runtime, share) if share and arm == "federated" else runtime
+
+
+def evaluation_load_of(federation: Federation) -> Callable[[str, str], float]:
+    """Tokens that a client's evaluation of some name goes through; those of the common test set are alike."""
+    parts = {"validation": "validation", "own": "test"}
+
+    def load(evaluation: str, client: str) -> float:
+        part = parts.get(evaluation)
+        if part is None:
+            return 1.0
+        examples = getattr(federation.clients[client], part)
+        return 1.0 + float((Pairs(examples) if federation.paired else examples).lengths.sum())
+
+    return load
 
 
 def width_of(recipe: Recipe, federation: Federation, base: Base) -> int:

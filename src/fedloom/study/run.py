@@ -32,11 +32,13 @@ from fedloom.rounds import federate, initial_state
 from fedloom.runtimes import batched
 from fedloom.runtimes.clock import speeds
 from fedloom.runtimes.cohort import TOGETHER, client_model, has_own_model
+from fedloom.runtimes.distributed import distributed
 from fedloom.runtimes.fedbuff import clock_of
 from fedloom.study import checkpoint
 from fedloom.study.arm_tasks import Figures, mean_figures, measure, merged_counts, place_of
 from fedloom.study.build import (
     algorithm_of,
+    evaluation_load_of,
     export_adapter,
     global_pieces,
     personal_of,
@@ -53,6 +55,7 @@ from fedloom.study.choose import LAST, Best, value_of
 from fedloom.study.costs import Flops, Work, peak_memory_bytes, reset_peak_memory, training_flops, work_of
 from fedloom.study.folder import RunFolder, temporary_beside
 from fedloom.study.measure import Measures, model_each, one_model
+from fedloom.study.processes import Processes
 from fedloom.study.progress import Display, Silent
 from fedloom.study.recipe import Recipe, resolved_json, resolved_yaml
 from fedloom.study.report import write_report
@@ -70,12 +73,12 @@ from fedloom.study.result import (
 from fedloom.study.session import (
     Session,
     make_base,
-    open_session,
     plan,
     shown_prompt,
     try_checkpoint,
 )
 from fedloom.study.settings import ZEROTH_DEFAULTS
+from fedloom.study.team_tasks import TeamAnswerer
 from fedloom.study.trackers import Trackers, require_trackers
 from fedloom.types import Algorithm, Client, Metrics, RoundReport, Runtime, State, Tree
 
@@ -181,8 +184,11 @@ def run_recipe(
     resume: Path | None = None,
     smoke: bool = False,
     display: Display | None = None,
+    nproc: int | None = None,
 ) -> Path:
     """Run a recipe from its plan to its result; `resume` goes on with a run that was stopped or killed.
+
+    With `nproc` so many processes share the work; under torchrun its processes do, and this is its process 0.
 
     Returns:
         The run folder.
@@ -192,6 +198,12 @@ def run_recipe(
         RunError: the run could not go on (or was stopped, with exit code 130); what it had is kept and resumable.
     """
     display = display or Silent()
+    with contextlib.ExitStack() as stack:
+        team = Processes(stack, nproc)
+        return _run(recipe, source, resume, smoke, display, team)
+
+
+def _run(recipe: Recipe, source: str, resume: Path | None, smoke: bool, display: Display, processes: Processes) -> Path:
     if resume is not None and (done := RunFolder.look(resume).read_result()) and done["status"] == "done":
         display.message(f"{resume} is finished; nothing is left to do")
         display.end(done)
@@ -200,7 +212,7 @@ def run_recipe(
     smoke = smoke or bool(resume is not None and RunFolder.look(resume).read_facts().get("smoke"))
     require_trackers(trackers_of(recipe))
     start = time.perf_counter()
-    session = open_session(recipe, smoke=smoke)
+    session = processes.open(recipe, smoke)
     stop = Stop(hear=display)
     if resume is None:
         if smoke:  # a smoke run is for looking whether all works, so it never stands in the way of the next
@@ -214,11 +226,11 @@ def run_recipe(
             with runner.trackers:
                 return runner.go(resumed=resume is not None)
         except KeyboardInterrupt:
-            raise _stopped(folder) from None
+            raise _stopped(folder, processes.option) from None
         except RunError as error:
             folder.log(f"failed: {error}")
             if not error.hint and error.code != "run.stopped":
-                error.hint = f"what it had is kept; go on with: fedloom run --resume {folder.path}"
+                error.hint = f"what it had is kept; go on with: fedloom run --resume {folder.path}{processes.option}"
             raise
 
 
@@ -236,11 +248,11 @@ def _free(path: Path) -> Path:
     return free
 
 
-def _stopped(folder: RunFolder) -> RunError:
+def _stopped(folder: RunFolder, option: str) -> RunError:
     folder.log("stopped")
     return RunError(
         "stopped",
-        hint=f"go on with: fedloom run --resume {folder.path}",
+        hint=f"go on with: fedloom run --resume {folder.path}{option}",
         code="run.stopped",
         exit_code=130,
     )
@@ -272,6 +284,10 @@ class _Runner:
         compared = self.recipe.evaluate.equal_samples and "local" in arms and bool({"federated", "global"} & set(arms))
         self.equal_samples = samples_of_a_local_model(session.federation, self.recipe) if compared else None
         session.room.hear = self._narrowed
+        self.lead = session.lead
+        self.num_processes = 1 if self.lead is None else self.lead.team.size
+        if self.lead is not None:
+            self.lead.hear = self._narrowed
         self.trackers = Trackers(trackers_of(self.recipe), folder.path, self.recipe.project or "", self.recipe)
 
     def go(self, *, resumed: bool) -> Path:
@@ -280,7 +296,8 @@ class _Runner:
             self._begin(arms)
         else:
             self._same_data()
-        self.folder.log("resumed" if resumed else f"started from {self.source or 'a program'}")
+        shared = "" if self.num_processes == 1 else f", {self.num_processes} processes"
+        self.folder.log(("resumed" if resumed else f"started from {self.source or 'a program'}") + shared)
         last = self.folder.checkpoints
         done: dict[str, int] = {arm: (checkpoint.rounds(last(arm)) or [-1])[-1] for arm in arms}
         self.folder.keep_rounds({**done, "base": 0} if self.folder.read_stage("base") else done)
@@ -307,6 +324,8 @@ class _Runner:
         self.display.plan(planned.lines)
         for line in shown_prompt(self.session):
             self.display.message(line)
+        if self.num_processes > 1:
+            self.display.message(f"shared    by {self.num_processes} processes, {self.session.threads} thread(s) each")
         for note in report.notes:
             self.display.message(f"note      {note}")
         if self.best_by == LAST:
@@ -328,7 +347,7 @@ class _Runner:
                 "started": time.time(),
                 "smoke": self.smoke,
                 "prepare_seconds": time.perf_counter() - self.started,
-                "prepare_peak_memory_bytes": peak_memory_bytes(),
+                "prepare_peak_memory_bytes": self._peak_memory(),
                 "bytes_up": planned.bytes_up_per_client_round,
                 "bytes_down": planned.bytes_down_per_client_round,
             }
@@ -365,13 +384,20 @@ class _Runner:
         algorithm = algorithm_of(self.recipe)
         state = initial_state(algorithm, self.session.adapter, self.recipe.seed)
         totals = Totals(Best(self.best_by))
-        val = self._validate("base", algorithm, self._plain_runtime(), state, totals)
+        val = self._validate("base", algorithm, self._plain_runtime("base"), state, totals)
         tasks = self._tasks("base", algorithm, state, totals) if self.recipe.evaluate.task_rounds else None
         self._line("base", 0, None, totals, val, tasks)
-        self._stage("base", algorithm, self._plain_runtime(), state, totals)
+        self._stage("base", algorithm, self._plain_runtime("base"), state, totals)
 
-    def _plain_runtime(self) -> Runtime:
-        return batched(self.session.room)
+    def _plain_runtime(self, arm: str) -> Runtime:
+        if self.lead is None:
+            return batched(self.session.room)
+        load = evaluation_load_of(self.session.federation)
+        return distributed(self.lead, arm, self.session.room, evaluation_load=load)
+
+    def _peak_memory(self) -> int:
+        """Of the process that had most."""
+        return max(peak_memory_bytes(), 0 if self.lead is None else self.lead.peak_elsewhere)
 
     def _train(self, arm: str) -> None:
         pieces = global_pieces(self.recipe, self.session.federation, self.session.room) if arm == "global" else 1
@@ -385,8 +411,10 @@ class _Runner:
             lambda: make_base(recipe),
             self.measures.table(),
             self.session.room,
+            self.lead,
         )
-        population = Watched(population_of(federation, recipe, arm), self.display)
+        sharers = 1 if arm == "global" else self.num_processes
+        population = Watched(population_of(federation, recipe, arm), self.display, sharers)
         state = initial_state(algorithm, adapter, recipe.seed)
         saved = self.folder.checkpoints(arm)
         own = personal_of(recipe, algorithm, state.params, len(population.ids), saved / checkpoint.PERSONAL)
@@ -400,7 +428,7 @@ class _Runner:
             totals = Totals.read(extra["totals"])
             self.folder.keep_rounds(self._rounds_kept(arm, state.round))
         else:
-            val = self._validate(arm, algorithm, self._plain_runtime(), state, totals)
+            val = self._validate(arm, algorithm, self._plain_runtime(arm), state, totals)
             tasks = self._tasks(arm, algorithm, state, totals) if tasks_every else None
             best = self._choose(arm, state.round, totals, val, tasks)
             self._line(arm, 0, None, totals, val, tasks)
@@ -484,14 +512,14 @@ class _Runner:
 
         def model(tree: Tree, said: str) -> Any:
             def answerer(task: str) -> Answerer:
-                return answerer_of(
-                    adapter,
-                    tree,
-                    self.session.base.tokenizer,
-                    batch_size=recipe.evaluate.eval_batch_size,
-                    chat_template=recipe.data.chat_template,
-                    on_progress=lambda done, total, what: self.display.advance(done, total, f"{said}: {task} {what}"),
-                )
+                def tell(done: int, total: int, what: str) -> None:
+                    self.display.advance(done, total, f"{said}: {task} {what}")
+
+                size, layout = recipe.evaluate.eval_batch_size, recipe.data.chat_template
+                tokenizer = self.session.base.tokenizer
+                if self.lead is not None:
+                    return TeamAnswerer(self.lead, arm, state, adapter, tree, tokenizer, size, layout, tell)
+                return answerer_of(adapter, tree, tokenizer, batch_size=size, chat_template=layout, on_progress=tell)
 
             return answerer
 
@@ -554,7 +582,7 @@ class _Runner:
 
     def _save(self, arm: str, state: State, totals: Totals, best: bool) -> None:
         start = time.perf_counter()
-        totals.peak_memory = max(totals.peak_memory, peak_memory_bytes())
+        totals.peak_memory = max(totals.peak_memory, self._peak_memory())
         extra = {"totals": asdict(totals), "arm": arm}
         checkpoint.save(self.folder.checkpoints(arm), state, extra, self.recipe.checkpoint.save_total_limit, best)
         totals.checkpoint_seconds += time.perf_counter() - start
@@ -637,6 +665,7 @@ class _Runner:
         evaluation = self.measures.common if arm == "local" else self.measures.own
         found: dict[str, Metrics] = {}
         width = self.session.room.width if arm == "local" else max(self.session.room.width, TOGETHER)
+        width *= self.num_processes
         for first in range(0, len(clients), width):
             block = clients[first : first + width]
             found.update(runtime.evaluate(algorithm, self.session.adapter, state, block, evaluation))
@@ -663,7 +692,7 @@ class _Runner:
             "round": state.round,
         }
         compared = totals.equal or {"round": state.round, "samples": seen, "result": result}
-        totals.peak_memory = max(totals.peak_memory, peak_memory_bytes())
+        totals.peak_memory = max(totals.peak_memory, self._peak_memory())
         self.folder.write_stage(
             arm,
             {
@@ -789,8 +818,9 @@ class _Runner:
 class Watched:
     """A population whose batches are counted as they are opened, and tell the display when they are drawn."""
 
-    def __init__(self, inner: Clients, display: Display) -> None:
-        self.inner, self.display = inner, display
+    def __init__(self, inner: Clients, display: Display, sharers: int = 1) -> None:
+        """`sharers` processes have a part of each round's batches each, and this one sees its own only."""
+        self.inner, self.display, self.sharers = inner, display, sharers
         self.ids = inner.ids
         self.round = -1
         self.done = self.total = 0
@@ -820,7 +850,7 @@ class Watched:
         return self.work[client]
 
     def drawn(self) -> None:
-        self.done = min(self.done + 1, self.total)  # a block that did not fit is drawn again
+        self.done = min(self.done + self.sharers, self.total)  # a block that did not fit is drawn again
         self.display.advance(self.done, self.total, f"{self.what}: round {self.round + 1}")
 
 
@@ -834,6 +864,10 @@ class _Counted(Sequence[Any]):
     def __getitem__(self, number: Any) -> Any:
         self.watched.drawn()
         return self.batches[number]
+
+    @property
+    def padded_tokens(self) -> float:
+        return work_of(self.batches).padded_tokens
 
 
 __all__ = ["run_recipe"]

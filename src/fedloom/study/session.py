@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from fedloom.ops.names import CONTROL, apart
 from fedloom.rounds import initial_state
 from fedloom.runtimes import Room
 from fedloom.runtimes.cohort import train_block
+from fedloom.runtimes.lead import Lead
 from fedloom.runtimes.room import OUT_OF_MEMORY
+from fedloom.runtimes.team import Team, device_of
 from fedloom.study import checkpoint
 from fedloom.study.arm_tasks import Benchmark, open_benchmarks
 from fedloom.study.build import (
@@ -55,12 +58,13 @@ SMOKE_CLIENTS, SMOKE_ROWS, SMOKE_STEPS, SMOKE_ITEMS = 2, 8, 2, 2
 
 
 def device_name() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return device_of(None).type
 
 
-def make_base(recipe: Recipe) -> Base:
+def make_base(recipe: Recipe, team: Team | None = None) -> Base:
     """The recipe's base model, freshly loaded, with what the run starts from in its weights."""
-    base = load_base(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, device=device_name())
+    device = device_of(team)
+    base = load_base(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, device=device)
     return started(base, recipe)
 
 
@@ -76,6 +80,7 @@ class Session:
     room: Room  # clients in one pass, as far as is known by now
     benchmarks: Sequence[Benchmark] = ()
     best_by: str = LAST  # what a best state is chosen by; LAST where there is nothing
+    lead: Lead | None = None  # of the processes that share the work, where there are several
 
     @property
     def owners(self) -> Sequence[str]:
@@ -89,25 +94,28 @@ class Session:
         return self.federation.digest()
 
 
-def open_session(recipe: Recipe, *, smoke: bool = False) -> Session:
+def open_session(recipe: Recipe, *, smoke: bool = False, team: Team | None = None) -> Session:
     """Load the model, prepare the data, put the adapter on.
+
+    In a team every process does, on its own device; the leader prepares the data first, the others find it prepared.
 
     Raises:
         UserError: model, data, split, adapter or benchmarks are not as they should be; nothing was written.
     """
-    host = tune_host(recipe.runtime.threads)
+    host = tune_host(recipe.runtime.threads, 1 if team is None else team.local_size)
     algorithm_of(recipe)  # a wrong composition is told before anything is loaded
     benchmarks = open_benchmarks(recipe)
-    base = make_base(recipe)
-    federation = prepare(recipe.data, recipe.split, base.tokenizer, recipe.seed)
+    base = make_base(recipe, team)
+    with _leader_first(team):
+        federation = prepare(recipe.data, recipe.split, base.tokenizer, recipe.seed)
     recipe = for_rows(recipe, federation)
     _check_positions(base, recipe, federation)
     best_by = _chosen_by(recipe, federation)
     if smoke:
-        federation = federation.small(SMOKE_CLIENTS, SMOKE_ROWS)
+        federation = federation.small(max(SMOKE_CLIENTS, 1 if team is None else team.size), SMOKE_ROWS)
         recipe = smoke_recipe(recipe)
         best_by = _chosen_by(recipe, federation)
-    _check_cohort(recipe, federation)
+    _check_cohort(recipe, federation, 1 if team is None else team.size)
     adapter = adapter_of(base, recipe)
     check_start(recipe, adapter)
     room = Room(width_of(recipe, federation, base))
@@ -205,7 +213,16 @@ def for_rows(recipe: Recipe, federation: Federation) -> Recipe:
     return settled
 
 
-def _check_cohort(recipe: Recipe, federation: Federation) -> None:
+@contextlib.contextmanager
+def _leader_first(team: Team | None) -> Iterator[None]:
+    if team is not None and not team.leads:
+        team.barrier()
+    yield
+    if team is not None and team.leads:
+        team.barrier()
+
+
+def _check_cohort(recipe: Recipe, federation: Federation, processes: int) -> None:
     wanted, there = recipe.clients_per_round, len(federation.clients)
     if isinstance(wanted, int) and wanted > there:
         raise UserError(
@@ -220,7 +237,16 @@ def _check_cohort(recipe: Recipe, federation: Federation) -> None:
             hint="arms=[federated], or a smaller split.clients",
             code="recipe.arms",
         )
-    uploads_per_round(recipe, there)
+    cohort = uploads_per_round(recipe, there)
+    trained = max({"federated": cohort, "local": there}.get(arm, 1) for arm in recipe.arms)
+    if processes > trained:
+        more = f", or clients_per_round={processes}" if there >= processes and "federated" in recipe.arms else ""
+        raise UserError(
+            f"{processes} processes, but a round trains {trained} client{'s' * (trained != 1)}: the others would have "
+            "nothing to do",
+            hint=(f"--nproc {trained}" if trained > 1 else "one process") + more,
+            code="processes.cohort",
+        )
 
 
 def _check_positions(base: Base, recipe: Recipe, federation: Federation) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,16 +30,12 @@ def wrong(fault: str, adapter: Any, follower: Follower) -> Room:
 
     def broken(tree_C: Any, batch_CBT: Any) -> Any:
         calls.append(len(batch_CBT["input_ids"]))
-        if fault == "bug" or (fault == "bug later" and len(calls) == 2):
+        if fault == "bug":
             raise ZeroDivisionError("no such number")
         if fault == "memory" and calls[-1] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         if fault == "refused":
             raise RunError("it would rather not", code="client.refused")
-        if fault == "death":
-            os._exit(7)
-        if fault == "slow":
-            time.sleep(600)
         return loss(tree_C, batch_CBT)
 
     if fault:

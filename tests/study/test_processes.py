@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {
     "rounds": 2,
     "method": "fedsa_lora",  # clients keep half of the adapter
     "client": {"learning_rate": 1e-2, "per_device_train_batch_size": 2},
-    "arms": ["base", "local", "federated", "global"],
+    "arms": ["local", "federated", "global"],
 }
 
 

@@ -15,9 +15,10 @@ import torch
 from tests import zoo
 
 from fedloom.errors import RunError, UserError
+from fedloom.evaluate.generate import Opening
 from fedloom.evaluate.loglikelihood import Continuation
 from fedloom.evaluate.sampling import Sampling
-from fedloom.evaluate.tasks.run import ModelAnswerer, Opening
+from fedloom.evaluate.tasks.run import ModelAnswerer
 from fedloom.rounds import initial_state, run_round
 from fedloom.runtimes import Room, sequential, with_dropout, with_ranks
 from fedloom.runtimes.distributed import adds_leaf_by_leaf, distributed, split

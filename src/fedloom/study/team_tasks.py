@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from fedloom.evaluate.generate import Opening
 from fedloom.evaluate.loglikelihood import Continuation, Loglikelihood
 from fedloom.evaluate.sampling import Sampling
-from fedloom.evaluate.tasks.run import ModelAnswerer, OnProgress, Opening
+from fedloom.evaluate.tasks.run import ModelAnswerer, OnProgress
 from fedloom.runtimes.distributed import Work, split
 from fedloom.runtimes.lead import Lead, Order
 from fedloom.study.session import Session

@@ -43,6 +43,7 @@ def demo(
     output: FormatOption = OutputFormat.text,
 ) -> None:
     """See what this is for: built-in model and tasks, offline."""
+    _follow_if_told()
     from fedloom.study.load import packaged_recipes
 
     folder = next(path for number in itertools.count(1) if not (path := Path("runs") / f"demo-{number}").exists())

@@ -47,6 +47,7 @@ def main(port: int, size: int, rank: int) -> None:
     torch.set_num_threads(1)
     team = member(port, rank, size)
     meet(team)
+    assert team.mesh.size() == size
     follower = Follower(team, team.device, lambda: 1234)
     known: dict[str, tuple[Work, Any]] = {}
 
@@ -57,6 +58,7 @@ def main(port: int, size: int, rank: int) -> None:
             recipe = Recipe.model_validate(told["values"])
             base = zoo.new_base()
             adapter = build.adapter_of(base, recipe)
+            follower.shards = build.sharded(team, adapter, recipe) if recipe.runtime.shard_base else None
             room = wrong(told.get("fault", ""), adapter, follower)
             population = build.population_of(zoo.federation_of(recipe), recipe, "federated")
             evaluation = zoo.evaluation_of(recipe)

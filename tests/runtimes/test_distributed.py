@@ -14,6 +14,7 @@ import pytest
 import torch
 from tests import zoo
 
+from fedloom.adapters.targets import decoder_blocks
 from fedloom.errors import RunError, UserError
 from fedloom.evaluate.generate import Opening
 from fedloom.evaluate.loglikelihood import Continuation
@@ -23,6 +24,7 @@ from fedloom.rounds import initial_state, run_round
 from fedloom.runtimes import Room, sequential, with_dropout, with_ranks
 from fedloom.runtimes.distributed import adds_leaf_by_leaf, distributed, split
 from fedloom.runtimes.lead import Lead, trees_from, trees_to
+from fedloom.runtimes.shards import local_bytes
 from fedloom.runtimes.team import Over, Team, host, leave, meet, member
 from fedloom.study import build
 from fedloom.study.methods import METHODS
@@ -56,6 +58,7 @@ def started(size: int) -> tuple[Team, list[subprocess.Popen[bytes]]]:
 
     team = member(store, 0, size, watch)
     meet(team, 300)
+    assert team.mesh.size() == size
     return team, others
 
 
@@ -83,6 +86,7 @@ class Setting:
         self.evaluation = zoo.evaluation_of(self.recipe)
         self.first = initial_state(self.algorithm, self.adapter, self.recipe.seed)
         self.lead = lead
+        lead.shards = build.sharded(lead.team, self.adapter, self.recipe) if self.recipe.runtime.shard_base else None
         self.heavy = "many"  # who is alone in the first part
         said = self.recipe.model_dump(mode="json", exclude_unset=True)
         self.key = json.dumps({"values": said, "fault": fault})
@@ -213,6 +217,57 @@ def test_questions_are_answered_by_all(lead: Lead) -> None:
         assert one.nats == pytest.approx(other.nats, rel=1e-9)
         assert one.greedy == other.greedy
     assert shared.written([]) == []
+
+
+# ---- the base in parts -----------------------------------------------------------------------------------------------
+
+
+def parted(**more: Any) -> dict[str, Any]:
+    return zoo.values_of("fedavg", **zoo.merged({"runtime": {"shard_base": True}}, more))
+
+
+@pytest.mark.parametrize("more", [{}, {"method": "scaffold"}, {"runtime": {"gradient_checkpointing": True}}], ids=str)
+def test_a_base_in_parts_gives_the_same(more: Mapping[str, Any], lead: Lead) -> None:
+    values = {**parted(), **more, "runtime": {"threads": 1, "shard_base": True, **more.get("runtime", {})}}
+    plain = Setting({**values, "runtime": {**values["runtime"], "shard_base": False}}, lead)
+    setting = Setting(values, lead)
+    assert lead.shards is not None
+    blocks, whole = (
+        sum(local_bytes(block) for block in decoder_blocks(one.adapter.model).values()) for one in (setting, plain)
+    )
+    assert whole / 2 <= blocks < 0.51 * whole, "not half of the blocks"
+    want = got = setting.first
+    for heavy in ("many", "few"):
+        setting.heavy = heavy
+        lead.shards, shards = None, lead.shards
+        want, _ = plain.round(sequential(), want)
+        lead.shards = shards
+        got, report = setting.round(setting.shared, got)
+        assert not report.failed
+        assert gap(want.params, got.params) < TOLERANCE
+        assert setting.losses(setting.shared, got) == pytest.approx(plain.losses(sequential(), want), rel=1e-9)
+    assert shards.fillers > 0, "both had the same work, so keeping step was not tried"
+    # work of this process alone, and answers of other lengths
+    alone = lead.alone(lambda: setting.losses(sequential(), got))
+    assert alone == pytest.approx(setting.losses(setting.shared, got), rel=1e-9)
+    asked = [Opening([5 + i, 7, 9 + i], 1 + 2 * i, ()) for i in range(3)]
+    answers = TeamAnswerer(lead, setting.key, got, setting.adapter, got.params, setting.base.tokenizer, 1, "auto", None)
+    whole_base = ModelAnswerer(plain.adapter, got.params, plain.base.tokenizer, 1, "auto", None)
+    assert answers.written(asked) == whole_base.written(asked)
+    lead.shards = None
+
+
+def test_what_needs_a_whole_base_is_refused() -> None:
+    for more, reason in (
+        ({"adapter": {"kind": "full"}}, "full moves the base's own weights"),
+        ({"adapter": {"kind": "ia3"}}, "lora so far, not ia3"),
+        ({"aggregate": {"kind": "flora"}}, "flora adds to the base's weights"),
+        ({"aggregate": {"kind": "fedex_lora"}}, "fedex_lora adds to the base's weights"),
+        ({"data": {"path": str(zoo.folder() / "pairs.json"), "type": "preference"}}, "a loss on pairs"),
+    ):
+        assert reason in (zoo.problem(parted(**more)) or ""), more
+    with pytest.raises(UserError, match="this is one process"):
+        check_processes(Recipe.model_validate(parted()), 1)
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def train_block(
         return _train_block(algorithm, adapter, state, block, sites)
     except (RuntimeError, MemoryError) as error:
         # weights that were being moved in place are nowhere now: that ends the run
-        if not is_out_of_memory(error) or getattr(adapter, "in_place", False):
+        if not is_out_of_memory(error) or getattr(adapter, "in_place", False) or getattr(adapter, "in_step", False):
             raise
     let_go()  # here the exception is gone, and with it all that its frames held
     if len(block) > 1:

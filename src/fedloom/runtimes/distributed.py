@@ -11,7 +11,7 @@ The order of sums is the only difference to one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from fedloom import wire
 from fedloom.runtimes import payload as sides
 from fedloom.runtimes.cohort import batched, train_part
-from fedloom.runtimes.lead import Follower, Lead, Order, Said, trees_from, trees_to
+from fedloom.runtimes.lead import ALONE, Follower, Lead, Order, Said, trees_from, trees_to
 from fedloom.runtimes.room import Room
 from fedloom.runtimes.team import Team
 from fedloom.types import (
@@ -114,13 +114,10 @@ def distributed(
         if total is not None:
             tree = {name: leaf.to(device) for name, leaf in total.tree.items()}
             total = Upload(tree, total.weight, sides.summed(clients))
-        kept = {id: {name: leaf.to(device) for name, leaf in tree.items()} for id, tree in personal.items()}
-        return Trained(
-            total,
-            {id: kept[id] for id in order if id in kept},
-            clients,
-            {id: failed[id] for id in order if id in failed},
-        )
+        kept: Any = trained[0].personal  # it may be a file
+        for id, tree in personal:
+            kept[id] = {name: leaf.to(device) for name, leaf in tree.items()}
+        return Trained(total, kept, clients, {id: failed[id] for id in order if id in failed})
 
     def evaluate(
         algorithm: Algorithm, adapter: Adapter, state: State, clients: Sequence[Client], evaluation: Evaluation
@@ -149,7 +146,9 @@ def follow(
         more: other kinds of work, by name; their results are JSON values.
     """
     while (order := follower.next()) is not None:
-        if order.kind == "train":
+        if order.kind == ALONE:
+            follower.do(lambda: None)
+        elif order.kind == "train":
             _train(follower, work_of, order)
         elif order.kind == "evaluate":
             follower.do(lambda order=order: _evaluate(work_of(order.key), order))  # type: ignore[misc]
@@ -213,8 +212,8 @@ def adds_leaf_by_leaf(aggregate: Aggregate, upload: Upload) -> bool:
 
 def _together(
     team: Team, aggregate: Aggregate, trained: Trained, said: Sequence[Said]
-) -> tuple[Upload | None, Mapping[str, Tree]]:
-    """(the sum of all processes' summands, all personal trees), at the leader; of no use elsewhere."""
+) -> tuple[Upload | None, Iterator[tuple[str, Tree]]]:
+    """(the sum of all processes' summands, the others' personal trees), at the leader; of no use elsewhere."""
     results = [one.result for one in said]
     with_sum = [result for result in results if result["weight"] is not None]
     total: Upload | None = None
@@ -227,11 +226,10 @@ def _together(
             if raw:
                 one = Upload(wire.decode(raw).trees["tree"], result["weight"])
                 total = one if total is None else aggregate.add(total, one)
-    personal: dict[str, Tree] = dict(trained.personal)
+    gathered: list[bytes] = []
     if any(result["personal"] for result in results):
-        for raw in team.gather(b"" if team.leads else trees_to(trained.personal))[1:]:
-            personal |= trees_from(raw)
-    return total, personal
+        gathered = team.gather(b"" if team.leads else trees_to(trained.personal))[1:]
+    return total, (one for raw in gathered for one in trees_from(raw).items())
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -15,18 +15,21 @@ import json
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from fedloom import wire
 from fedloom.errors import FedloomError, RunError
+from fedloom.runtimes.shards import Shards
 from fedloom.runtimes.team import Team
 from fedloom.types import State, Tree
 
 __all__ = ["Follower", "Lead", "Order", "Said", "trees_from", "trees_to"]
 
-END = "end"
+END, ALONE = "end", "alone"
+
+T = TypeVar("T")
 
 
 class Order(NamedTuple):
@@ -57,6 +60,7 @@ class _Process:
         self.team = team
         self.peak_memory = peak_memory
         self.notes: list[str] = []
+        self.shards: Shards | None = None  # where the base is in parts, so that all must make the same passes
 
     def do(self, work: Callable[[], Any]) -> list[Said]:
         """Do this process's part, whose result is JSON, and hear of all; whether to go on is the caller's to see.
@@ -68,14 +72,32 @@ class _Process:
         try:
             mine.result = work()
         except Exception as error:
+            if self.shards is not None and not isinstance(error, FedloomError):
+                raise self._out_of_step(error) from error
             wrong = error
             mine.error = _error_told(error)
+        if self.shards is not None:
+            try:
+                self.shards.drain()
+            except RuntimeError as error:
+                raise self._out_of_step(error) from error
         mine.notes, self.notes = self.notes, []
         mine.peak_memory = self.peak_memory()
         told = [Said(**json.loads(raw)) for raw in self.team.all_gather(json.dumps(vars(mine)).encode())]
         if wrong is not None and self.team.leads:
             raise wrong
         return told
+
+    def _out_of_step(self, error: Exception) -> FedloomError:
+        """A pass has broken off here, or there: the others are in the middle of a block, so the run is over."""
+        self.team.sees_why()
+        self.team.give_up(_error_told(error)["message"])
+        return RunError(
+            f"a pass over the base's shards broke off: {_error_told(error)['message']}",
+            hint="where memory ended: a smaller client.per_device_train_batch_size or data.max_length, or "
+            "runtime.gradient_checkpointing=true; then --resume",
+            code="shards.broken",
+        )
 
 
 class Lead(_Process):
@@ -131,6 +153,15 @@ class Lead(_Process):
                 raise _error_heard(said, self.team.size)
         return told
 
+    def alone(self, work: Callable[[], T]) -> T:
+        """Work of this process alone, with which the others keep step where the base is in shards."""
+        if self.shards is None:
+            return work()
+        self.team.broadcast(wire.encode(ALONE, {}))
+        found: list[T] = []
+        self.do(lambda: found.append(work()))
+        return found[0]
+
     def end(self) -> None:
         """Let the others go."""
         self.team.broadcast(wire.encode(END, {}))
@@ -150,6 +181,8 @@ class Follower(_Process):
         message = wire.decode(self.team.broadcast())
         if message.kind == END:
             return None
+        if message.kind == ALONE:
+            return Order(ALONE, "", State(0, 0, {}, None), [], {})
         self._params = self._here(message.trees["params"]) if "params" in message.trees else self._params
         self._base = self._here(message.trees["base"]) if "base" in message.trees else self._base
         head = message.header

@@ -10,6 +10,7 @@ The one place that knows `torch.distributed`.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import time
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from fedloom.errors import FedloomError, RunError, TimeoutOrTooFewClients, UserError
@@ -74,7 +76,7 @@ class Team:
 
     def all_gather(self, raw: bytes) -> list[bytes]:
         """The bytes of every process, at every process; few of them, since each is padded to the longest."""
-        sizes = self._sizes(raw)
+        sizes = self.numbers(len(raw))
         mine = _padded(raw, max(sizes))
         found = [torch.empty_like(mine) for _ in range(self.size)]
         self._wait(dist.all_gather(found, mine, async_op=True))
@@ -82,7 +84,7 @@ class Team:
 
     def gather(self, raw: bytes) -> list[bytes]:
         """The bytes of every process, at the leader; nothing elsewhere."""
-        sizes = self._sizes(raw)
+        sizes = self.numbers(len(raw))
         mine = _padded(raw, max(sizes))
         found = [torch.empty_like(mine) for _ in range(self.size)] if self.leads else None
         self._wait(dist.gather(mine, found, 0, async_op=True))
@@ -98,13 +100,19 @@ class Team:
         self._wait(dist.scatter(mine, parts, 0, async_op=True))
         return _bytes_of(mine[: int(sizes[self.rank])])
 
-    def _sizes(self, raw: bytes) -> list[int]:
+    def numbers(self, mine: int) -> list[int]:
+        """A number of every process, at every process."""
         found = [torch.tensor([0]) for _ in range(self.size)]
-        self._wait(dist.all_gather(found, torch.tensor([len(raw)]), async_op=True))
-        return [int(size) for size in found]
+        self._wait(dist.all_gather(found, torch.tensor([mine]), async_op=True))
+        return [int(one) for one in found]
 
     def barrier(self) -> None:
-        self._sizes(b"")
+        self.numbers(0)
+
+    @functools.cached_property
+    def mesh(self) -> DeviceMesh:
+        """All processes in a line, as sharding wants them; every process must ask for it at the same point."""
+        return init_device_mesh(self.device.type, (self.size,))
 
     def sum(self, buffer: Tensor) -> None:
         """`buffer` becomes the sum of all processes' buffers: one all-reduce."""

@@ -452,6 +452,12 @@ class RuntimeRecipe(Block):
         "memory, or in one file of the run folder. `auto` is memory while that of all clients would take 1 GiB at "
         "most, and always for buffered.",
     )
+    shard_base: bool = Field(
+        False,
+        description="Each of several processes (`--nproc`, torchrun) holds a part of the frozen blocks' weights, which "
+        "are put together block by block while they run: less memory, more traffic, the same numbers. Only with "
+        "adapter.kind lora.",
+    )
     client_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Share of a round's clients that fail, simulated."
     )

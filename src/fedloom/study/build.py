@@ -27,6 +27,7 @@ from fedloom.adapters import (
     with_triton,
 )
 from fedloom.adapters import start as starting
+from fedloom.adapters.targets import decoder_blocks
 from fedloom.aggregates import fed_exp, fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
 from fedloom.clients import (
     alternate,
@@ -57,6 +58,8 @@ from fedloom.runtimes import payload as sides
 from fedloom.runtimes.clock import speeds
 from fedloom.runtimes.distributed import distributed
 from fedloom.runtimes.lead import Lead
+from fedloom.runtimes.shards import Shards, shard
+from fedloom.runtimes.team import Team
 from fedloom.seeds import seed_of
 from fedloom.servers import fed_adagrad, fed_adam, fed_avgm, fed_yogi, nesterov, replace
 from fedloom.study.blocks import AdapterRecipe, ClientRecipe, CompressRecipe, ServerRecipe
@@ -73,6 +76,7 @@ from fedloom.types import (
     ServerUpdate,
     Site,
     State,
+    Trained,
     Transform,
     Tree,
 )
@@ -572,6 +576,10 @@ def personal_of(
 # ---- how it is mapped to the machine ---------------------------------------------------------------------------------
 
 
+def _by_one(lead: Lead, train: Callable[..., Trained]) -> Callable[..., Trained]:
+    return lambda *args: lead.alone(lambda: train(*args))
+
+
 def runtime_of(
     recipe: Recipe,
     federation: Federation,
@@ -593,7 +601,7 @@ def runtime_of(
         shared = distributed(
             lead, arm, Room(1) if kind == "sequential" else room, evaluation_load=evaluation_load_of(federation)
         )
-        runtime = Runtime(batched(room).train, shared.evaluate) if arm == "global" else shared
+        runtime = Runtime(_by_one(lead, batched(room).train), shared.evaluate) if arm == "global" else shared
     elif kind == "loopback" and arm == "federated":
         runtime = loopback(
             {
@@ -624,6 +632,25 @@ def runtime_of(
         runtime = with_ranks(runtime, lambda client: rank_of(recipe, client))
     share = recipe.runtime.client_dropout
     return with_dropout(runtime, share) if share and arm == "federated" else runtime
+
+
+def sharded(team: Team, adapter: Adapter, recipe: Recipe) -> Shards:
+    """The base's blocks in parts, of which this process keeps its own.
+
+    Raises:
+        UserError: the weights are no plain numbers, or the model has no single stack of blocks.
+    """
+    blocks = decoder_blocks(adapter.model)
+    packed = [
+        name for name, block in blocks.items() if not all(leaf.is_floating_point() for leaf in block.parameters())
+    ]
+    if packed:
+        raise UserError(
+            f"runtime.shard_base parts plain weights, and {packed[0]} holds quantised ones",
+            hint="runtime.shard_base=false: a quantised base is small, or load it unquantised",
+            code="shards.quantised",
+        )
+    return shard(team, adapter, adapter.init(recipe.seed), blocks.values())
 
 
 def evaluation_load_of(federation: Federation) -> Callable[[str, str], float]:

@@ -226,6 +226,8 @@ def _runtime_objections(recipe: Recipe) -> Iterator[Objection]:
                 f"{', which takes one client at a time' if key == 'clients_per_batch' else ''}; {_listed(having)} "
                 f"{'has' if len(having) == 1 else 'have'} it",
             )
+    if runtime.shard_base:
+        yield from _shard_objections(recipe)
     if runtime.gradient_checkpointing and recipe.client.kind in ZEROTH_DEFAULTS:
         yield Objection(
             ("runtime.gradient_checkpointing", "client.kind"),
@@ -600,6 +602,19 @@ def _tracking_objections(recipe: Recipe) -> Iterator[Objection]:
             ("project", "report_to"),
             f"{yaml_value(recipe.project)} would have no effect: report_to is none, so no tracker files the run there",
         )
+
+
+def _shard_objections(recipe: Recipe) -> Iterator[Objection]:
+    """A base in parts is for what leaves it as it is and goes back once for each loss."""
+    kind, rule, key = recipe.adapter.kind, recipe.aggregate.kind, "runtime.shard_base"
+    if kind in ("full", "last_layers", "seed_space"):
+        yield Objection((key, "adapter.kind"), f"true, but {kind} moves the base's own weights: they must be whole")
+    elif kind != "lora":
+        yield Objection((key, "adapter.kind"), f"true, which is for adapter.kind lora so far, not {kind}")
+    if rule in ("flora", "fedex_lora"):
+        yield Objection((key, "aggregate.kind"), f"true, but {rule} adds to the base's weights: they must be whole")
+    if recipe.data.type == "preference":
+        yield Objection((key, "data.type"), "true, but a loss on pairs makes several passes before it goes back")
 
 
 def _evaluate_objections(recipe: Recipe) -> Iterator[Objection]:

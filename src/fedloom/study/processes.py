@@ -30,7 +30,7 @@ from fedloom.errors import FedloomError, RunError, UserError
 from fedloom.runtimes.distributed import Work, follow
 from fedloom.runtimes.lead import END, Follower, Lead, Order
 from fedloom.runtimes.team import Over, Team, host, join, launched_by_torchrun, leave, meet, member
-from fedloom.study.build import algorithm_of, population_of, population_weight_of
+from fedloom.study.build import algorithm_of, population_of, population_weight_of, sharded
 from fedloom.study.costs import peak_memory_bytes, reset_peak_memory
 from fedloom.study.recipe import Recipe
 from fedloom.study.session import Session, open_session
@@ -47,8 +47,14 @@ def check_processes(recipe: Recipe, size: int) -> None:
     """What is known before anything is loaded or started.
 
     Raises:
-        UserError: the runtime of this recipe is for one process.
+        UserError: the runtime of this recipe is for one process, or for several.
     """
+    if size == 1 and recipe.runtime.shard_base:
+        raise UserError(
+            "runtime.shard_base gives each of several processes a part of the base, and this is one process",
+            hint="fedloom run RECIPE --nproc 2, or runtime.shard_base=false",
+            code="processes.shards",
+        )
     kind = recipe.runtime.kind
     if size > 1 and kind in ("buffered", "loopback"):
         why = {
@@ -199,6 +205,9 @@ def _opened_by_all(lead: Lead | None, recipe: Recipe, smoke: bool) -> Session:
                     hint="all hosts need the same files, the same versions and a dtype that all have (dtype=float32)",
                     code="processes.differ",
                 )
+    if recipe.runtime.shard_base:
+        session.flops = session.training_flops()
+        lead.shards = sharded(lead.team, session.adapter, session.recipe)
     return session
 
 
@@ -278,6 +287,8 @@ def _follow(team: Team) -> None:
     follower = Follower(team, team.device, peak_memory_bytes)
     session = open_session(recipe, smoke=bool(hello.header["smoke"]), team=team)
     team.all_gather(json.dumps(_identity(session)).encode())
+    if recipe.runtime.shard_base:
+        follower.shards = sharded(team, session.adapter, session.recipe)
     session.room.hear = follower.notes.append
     recipe, federation = session.recipe, session.federation
     evaluations = session.measures().table()

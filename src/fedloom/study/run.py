@@ -26,7 +26,6 @@ from fedloom.evaluate.loss import add_metrics, mean_loss, require_finite
 from fedloom.evaluate.preference import preference_figures
 from fedloom.evaluate.scores import mean_score
 from fedloom.evaluate.tasks.run import Answerer, answerer_of
-from fedloom.ops.names import CONTROL, apart
 from fedloom.personal import OnDisk
 from fedloom.rounds import federate, initial_state
 from fedloom.runtimes import batched
@@ -52,7 +51,7 @@ from fedloom.study.build import (
     start_digest,
 )
 from fedloom.study.choose import LAST, Best, value_of
-from fedloom.study.costs import Flops, Work, peak_memory_bytes, reset_peak_memory, training_flops, work_of
+from fedloom.study.costs import Flops, Work, peak_memory_bytes, reset_peak_memory, work_of
 from fedloom.study.folder import RunFolder, temporary_beside
 from fedloom.study.measure import Measures, model_each, one_model
 from fedloom.study.processes import Processes
@@ -77,7 +76,6 @@ from fedloom.study.session import (
     shown_prompt,
     try_checkpoint,
 )
-from fedloom.study.settings import ZEROTH_DEFAULTS
 from fedloom.study.team_tasks import TeamAnswerer
 from fedloom.study.trackers import Trackers, require_trackers
 from fedloom.types import Algorithm, Client, Metrics, RoundReport, Runtime, State, Tree
@@ -320,7 +318,7 @@ class _Runner:
 
     def _begin(self, arms: Sequence[str]) -> None:
         report = self.session.federation.report
-        planned = plan(self.session)
+        planned = plan(self.session) if self.lead is None else self.lead.alone(lambda: plan(self.session))
         self.display.plan(planned.lines)
         for line in shown_prompt(self.session):
             self.display.message(line)
@@ -419,8 +417,7 @@ class _Runner:
         saved = self.folder.checkpoints(arm)
         own = personal_of(recipe, algorithm, state.params, len(population.ids), saved / checkpoint.PERSONAL)
         state = replace(state, personal=own)
-        gradients = recipe.client.kind not in ZEROTH_DEFAULTS
-        flops = training_flops(adapter, apart(state.params, CONTROL)[1], gradients=gradients)
+        flops = self.session.training_flops()
         totals = Totals(Best(self.best_by), models=len(population.ids) if arm == "local" else 1)
         every, tasks_every = recipe.evaluate.eval_rounds, recipe.evaluate.task_rounds
         if checkpoint.rounds(saved):

@@ -44,12 +44,13 @@ from fedloom.study.build import (
     width_of,
 )
 from fedloom.study.choose import LAST
-from fedloom.study.costs import peak_memory_bytes
+from fedloom.study.costs import Flops, peak_memory_bytes, training_flops
 from fedloom.study.folder import temporary_beside
 from fedloom.study.measure import Measures, OnScored, measures, score_of
 from fedloom.study.objections import objections
 from fedloom.study.progress import amount, byte_text, duration
 from fedloom.study.recipe import Recipe
+from fedloom.study.settings import ZEROTH_DEFAULTS
 from fedloom.types import Adapter, Client, Site
 
 LOCAL_CLIENTS = 10_000  # each has a model, and each model is tested on the rows of all
@@ -81,10 +82,18 @@ class Session:
     benchmarks: Sequence[Benchmark] = ()
     best_by: str = LAST  # what a best state is chosen by; LAST where there is nothing
     lead: Lead | None = None  # of the processes that share the work, where there are several
+    flops: Flops | None = None  # of training, where they were found while the base was whole
 
     @property
     def owners(self) -> Sequence[str]:
         return self.federation.ids
+
+    def training_flops(self) -> Flops:
+        if self.flops is not None:
+            return self.flops
+        params = initial_state(algorithm_of(self.recipe), self.adapter, self.recipe.seed).params
+        gradients = self.recipe.client.kind not in ZEROTH_DEFAULTS
+        return training_flops(self.adapter, apart(params, CONTROL)[1], gradients=gradients)
 
     def measures(self, on_scored: OnScored | None = None) -> Measures:
         return measures(self.recipe, self.federation, on_scored)

@@ -115,8 +115,8 @@ def distributed(
             tree = {name: leaf.to(device) for name, leaf in total.tree.items()}
             total = Upload(tree, total.weight, sides.summed(clients))
         kept: Any = trained[0].personal  # it may be a file
-        for id, tree in personal:
-            kept[id] = {name: leaf.to(device) for name, leaf in tree.items()}
+        for id, own in personal:
+            kept[id] = {name: leaf.to(device) for name, leaf in own.items()}
         return Trained(total, kept, clients, {id: failed[id] for id in order if id in failed})
 
     def evaluate(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedloom.errors import RunError
 from fedloom.ops.graph import no_gradient
+from fedloom.ops.loss_scale import Scaling, after_step, finite_C, first_scaling, where_C
 from fedloom.ops.names import CONTROL
 from fedloom.optimizers import Optimizer, OptimizerState, Schedule, constant
 from fedloom.tree import flatten, per_client, sqnorm_C, sub, tmap, unflatten
@@ -30,6 +31,7 @@ class Local(NamedTuple):
     round_C: Tensor  # rounds done before this one
     step_C: Tensor  # local steps done
     num_steps_C: Tensor
+    scaling: Scaling | None = None  # of the loss, for a base in float16
 
 
 def everything(name: str) -> bool:
@@ -45,6 +47,7 @@ def sgd_client(
     accumulation_steps: int = 1,
     trainable: Callable[[str], bool] = everything,
     keep_optimizer: bool = False,
+    loss_scaling: bool = False,
 ) -> ClientUpdate:
     """Local steps of an optimiser; the upload is what was trained.
 
@@ -58,6 +61,8 @@ def sgd_client(
         trainable: by parameter name; what is not trained is not sent.
         keep_optimizer: the optimiser's state stays with the client from round to round, as DiLoCo has it; else the
             optimiser starts anew each round.
+        loss_scaling: for a base in float16 (`ops.loss_scale`): a client's step whose gradient overflows is not made, and
+            counted. The scale starts anew each round.
     """
 
     def is_trained(name: str) -> bool:
@@ -88,11 +93,15 @@ def sgd_client(
             per_site([site.round for site in sites]),
             per_site([0 for _ in sites]),
             per_site([site.num_steps for site in sites]),
+            first_scaling(len(sites), device) if loss_scaling else None,
         )
 
     def step(loss: LossFn, state: Local, batch_CBT: Batch) -> Local:
         free = {name: leaf for name, leaf in state.params.items() if is_trained(name)}
-        grads = gradients(loss, state.params, free, batch_CBT, accumulation_steps)
+        scaling = state.scaling
+        scale_C = None if scaling is None else scaling.scale_C
+        grads = gradients(loss, state.params, free, batch_CBT, accumulation_steps, scale_C)
+        sound_C = None if scaling is None else finite_C(grads)
         if state.anchor is not None:  # the gradient of mu / 2 ||w - w0||^2, without a graph
             away = sub(free, {name: state.anchor[name] for name in free})
             grads = tmap(lambda g, d: g + prox_mu * d, grads, away)
@@ -102,7 +111,12 @@ def sgd_client(
         # half a step in, so that neither warm-up nor decay makes a step of length zero
         lr_scale_C = schedule(state.round_C + (state.step_C + 0.5) / state.num_steps_C)
         moved, opt = optimizer.update(grads, state.opt, free, lr_scale_C)
-        return state._replace(params={**state.params, **moved}, opt=opt, step_C=state.step_C + 1)
+        if scaling is not None and sound_C is not None:
+            moved, opt = where_C(sound_C, (moved, opt), (free, state.opt))
+            scaling = after_step(scaling, sound_C)
+        return state._replace(
+            params={**state.params, **moved}, opt=opt, step_C=state.step_C + 1, scaling=scaling
+        )
 
     def finish(broadcast_C: Tree, state: Local) -> tuple[Tree, Tree]:
         return {name: leaf - broadcast_C[name] for name, leaf in state.params.items() if is_trained(name)}, (
@@ -112,11 +126,14 @@ def sgd_client(
     return ClientUpdate(init, step, finish, personal)
 
 
-def gradients(loss: LossFn, params: Tree, free: Tree, batch_CBT: Batch, pieces: int = 1) -> dict[str, Tensor]:
+def gradients(
+    loss: LossFn, params: Tree, free: Tree, batch_CBT: Batch, pieces: int = 1, scale_C: Tensor | None = None
+) -> dict[str, Tensor]:
     """Gradients [C, ...] of each client's own loss by its own parameters.
 
     With `pieces` > 1 the batch is split along B and the pieces' mean losses are weighted by their answer tokens, so
-    that the result is the gradient of the whole batch's mean.
+    that the result is the gradient of the whole batch's mean. With `scale_C` each client's loss is multiplied by its
+    own number on the way through the model, and its gradient divided by it.
 
     Raises:
         RunError: parameters have no gradient, by name (a quantised base can lose the graph without any other sign).
@@ -136,13 +153,15 @@ def gradients(loss: LossFn, params: Tree, free: Tree, batch_CBT: Batch, pieces: 
             loss_C = loss_C * (targets_C(piece).to(loss_C.dtype) / whole_C.clamp(min=1))
         if not loss_C.requires_grad:
             raise no_gradient(list(leaves), len(leaves))
+        if scale_C is not None:
+            loss_C = loss_C * scale_C.to(loss_C.dtype)
         found = torch.autograd.grad(loss_C.sum(), list(leaves.values()), allow_unused=True)
         missing = [name for name, grad in zip(leaves, found, strict=True) if grad is None]
         if missing:
             raise no_gradient(missing, len(leaves))
         for name, grad in zip(leaves, found, strict=True):
             total[name] = total[name] + grad if name in total else grad
-    return total
+    return total if scale_C is None else tmap(lambda g: g / per_client(scale_C, g).to(g.dtype), total)
 
 
 def targets_C(batch_CBT: Batch) -> Tensor:

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 BUILTIN = "builtin"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
@@ -75,7 +75,8 @@ def load_base(
 ) -> Base:
     """Load the base model `name`: "builtin", a folder in the Hugging Face layout, or a hub id.
 
-    `dtype` is float32, bfloat16, float64 or auto: bfloat16 where the hardware multiplies in it, else float32.
+    `dtype` is float32, bfloat16, float16, float64 or auto (see `hardware_dtype`). Training in float16 needs its loss
+    scaled (`ops.loss_scale`).
 
     Raises:
         UserError: there is no such model, it is no causal language model, its weights do not fit its config, it is
@@ -153,12 +154,16 @@ def builtin_folder() -> Path:
 
 
 def hardware_dtype(device: torch.device | str = "cpu") -> tuple[torch.dtype, str]:
-    """(bfloat16 or float32, why): bfloat16 only where the hardware multiplies in it, not where it is emulated."""
+    """(dtype, why): bfloat16 only where the hardware multiplies in it, not where it is emulated; float16 on GPUs that
+    multiply in that alone; else float32.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "bfloat16: the GPU multiplies in it"
-        return torch.float32, "float32: this GPU does not multiply in bfloat16"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (7, 0):
+            return torch.float16, "float16 with loss scaling: the GPU multiplies in it, and not in bfloat16"
+        return torch.float32, "float32: this GPU multiplies neither in bfloat16 nor, faster than in float32, in float16"
     if device.type == "cpu":
         feature = _cpu_bfloat16()
         if feature:

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# In float16 a probability below 6e-8 would be 0, and a large vocabulary has many of them: gradients of logits are larger
+# by this much there. A product with the head's weights stays below float16's largest number up to weights of 127.
+FLOAT16_LIFT = 256.0
 CHUNK_BYTES = 32 * 2**20  # of float32 logits at a time; larger chunks only cost memory
 
 
@@ -59,7 +62,7 @@ def nll_chunked(hidden_ND: Tensor, labels_N: Tensor, head: Head, chunk_rows: int
 
 
 def _piece(hidden_ND: Tensor, labels_N: Tensor, head: Head, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Of some rows: the losses [N], and their gradients [N, V] by the product of hidden state and head."""
+    """Of some rows: the losses [N], and their gradients [N, V] by the product of hidden state and head, times `_lift`."""
     labels = labels_N[:, None]
     z = F.linear(hidden_ND, head.weight_VD, head.bias_V)
     z = z if z.dtype == torch.float64 else z.float()
@@ -80,7 +83,12 @@ def _piece(hidden_ND: Tensor, labels_N: Tensor, head: Head, needs_grad: bool) ->
         z.mul_(slope)
     if head.scale != 1.0:
         z.mul_(head.scale)
-    return nll_N, z.to(hidden_ND.dtype)
+    lift = _lift(hidden_ND)
+    return nll_N, (z if lift == 1.0 else z.mul_(lift)).to(hidden_ND.dtype)
+
+
+def _lift(like: Tensor) -> float:
+    return FLOAT16_LIFT if like.dtype == torch.float16 else 1.0
 
 
 class _ChunkedNll(torch.autograd.Function):
@@ -101,6 +109,8 @@ class _ChunkedNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_ND,) = ctx.saved_tensors
+        if grad_ND.dtype == torch.float16:  # a scaled loss has factors beyond float16's largest number
+            return (grad_ND * (grad_N[:, None].float() / FLOAT16_LIFT)).to(grad_ND.dtype), None, None, None
         return grad_ND * grad_N[:, None].to(grad_ND.dtype), None, None, None
 
 
@@ -140,7 +150,10 @@ class _TrainedNll(torch.autograd.Function):
             if dz_NV is None:
                 _, dz_NV = _piece(hidden_ND[piece], labels_N[piece], head, True)
             assert dz_NV is not None
-            dz_NV = dz_NV * grad_N[piece, None].to(dz_NV.dtype)
+            if dz_NV.dtype == torch.float16:
+                dz_NV = (dz_NV * (grad_N[piece, None].float() / FLOAT16_LIFT)).to(dz_NV.dtype)
+            else:
+                dz_NV = dz_NV * grad_N[piece, None].to(dz_NV.dtype)
             if dh_ND is not None:
                 dh_ND[piece] = dz_NV @ weight_VD
             if dw_VD is not None:

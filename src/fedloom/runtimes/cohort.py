@@ -6,6 +6,7 @@ Shape suffixes: C clients, B examples per client, T tokens.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fedloom.errors import FedloomError, RunError
 from fedloom.ops.graph import whole_graph
+from fedloom.ops.loss_scale import scaling_in
 from fedloom.ops.names import TOLD, apart
 from fedloom.personal import staged
 from fedloom.runtimes import payload as sides
@@ -41,6 +43,9 @@ from fedloom.types import (
 )
 
 TOGETHER = 64  # clients whose one model is evaluated in one go: passes are as large as an evaluation makes them
+
+
+log = logging.getLogger("fedloom")
 
 
 def sequential() -> Runtime:
@@ -147,6 +152,7 @@ def client_model(
     return algorithm.client.model(broadcast, own)
 
 
+SKIPPED = "skipped_steps"  # of a client's metrics, where its loss is scaled
 Updates = list[tuple[Tree, Tree, Metrics | RunError]]  # delta, personal state and metrics of each client of a block
 
 
@@ -233,6 +239,7 @@ def _train_block(
         if index == 0:
             record.after_first_step(moved)
         work = write_prefix(work, moved, len(active))
+    record.at_the_end(work)
     delta_C, own_C = update.finish(params_C, work)
     seconds = time.perf_counter() - start
     return [
@@ -329,6 +336,12 @@ class Record:
         for client, names in enumerate(not_finite_C(state)):
             self.overflown[client] = names
 
+    def at_the_end(self, state: LocalState) -> None:
+        """Steps that were not made, where the loss is scaled."""
+        scaling = scaling_in(state)
+        for row, skipped in zip(self.rows, [] if scaling is None else scaling.skipped_C.tolist(), strict=False):
+            row[SKIPPED] = skipped
+
     def metrics(self, seconds: float) -> list[dict[str, float] | RunError]:
         """One row per client; a block's seconds are shared out by tokens."""
         whole = sum(row["padded_tokens"] for row in self.rows) or 1.0
@@ -342,7 +355,12 @@ class Record:
                 out.append(RunError(said, hint, "client.nonfinite"))
             elif bad:
                 out.append(RunError(f"its loss was not finite at local step {bad:.0f}", hint, "client.nonfinite"))
+            elif row.get(SKIPPED) == row["steps"]:
+                said = f"the gradient of each of its {row['steps']:.0f} local steps overflowed in float16"
+                out.append(RunError(said, "dtype: bfloat16 or float32, or more local steps", "client.nonfinite"))
             else:
+                if row.get(SKIPPED):
+                    log.info("float16: %d of %d local steps overflowed and were not made", row[SKIPPED], row["steps"])
                 share = row["padded_tokens"] / whole
                 out.append({**row, "loss_sum": loss, "target_tokens": count, "seconds": seconds * share})
         return out

@@ -100,7 +100,7 @@ SAME: Mapping[str, str] = {
 
 # By dotted key, then the other spelling of the value -> ours.
 SAME_VALUES: Mapping[str, Mapping[str, str]] = {
-    "dtype": {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp64": "float64", "double": "float64"},
+    "dtype": {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64", "double": "float64"},
     "data.type": {
         "sharegpt": "chat",
         "chatml": "chat",
@@ -167,7 +167,7 @@ def _bf16(value: Any, _: Context) -> Mapping[str, Any]:
 def _fp16(value: Any, _: Context) -> Mapping[str, Any]:
     if value == "auto" or not _truth(value):
         return {}
-    raise ValueError("float16 loses small gradients without a loss scaler; use dtype: bfloat16 or float32")
+    return {"dtype": "float16"}
 
 
 def _share(value: Any, _: Context) -> Mapping[str, Any]:
@@ -212,7 +212,7 @@ def _best_at_end(value: Any, _: Context) -> Mapping[str, Any]:
 SAID: Mapping[str, Said] = {
     "load_best_model_at_end": Said(("checkpoint.export",), _best_at_end, "true is checkpoint.export: best"),
     "bf16": Said(("dtype",), _bf16, "true is dtype: bfloat16, false is dtype: float32"),
-    "fp16": Said(("dtype",), _fp16, "false needs no key here"),
+    "fp16": Said(("dtype",), _fp16, "true is dtype: float16, false needs no key here"),
     "fraction_fit": Said(("clients_per_round",), _share, "a share of the clients; 1.0 is all, which is null here"),
     "fraction_train": Said(("clients_per_round",), _share, "a share of the clients; 1.0 is all, which is null here"),
     "sample_client_rate": Said(

@@ -48,7 +48,8 @@ from fedloom.data.federation import ClientData, Federation
 from fedloom.data.pair_batches import Pairs
 from fedloom.data.tokens import pad_id_of
 from fedloom.errors import UserError
-from fedloom.models.load import Base, load_tokenizer
+from fedloom.models.load import Base, hardware_dtype, load_tokenizer
+from fedloom.ops.loss_scale import scaling_in
 from fedloom.ops.ranks import Ranks
 from fedloom.optimizers import Optimizer, adagrad, adam, adamw, decay, sgd, yogi
 from fedloom.personal import Store
@@ -56,6 +57,7 @@ from fedloom.rounds import Sampling
 from fedloom.runtimes import ClientSite, Room, batched, buffered, loopback, sequential, with_dropout, with_ranks
 from fedloom.runtimes import payload as sides
 from fedloom.runtimes.clock import speeds
+from fedloom.runtimes.cohort import SKIPPED
 from fedloom.runtimes.distributed import distributed
 from fedloom.runtimes.lead import Lead
 from fedloom.runtimes.shards import Shards, shard
@@ -286,8 +288,16 @@ def local_settings(recipe: Recipe, pieces: int, *factors: str) -> dict[str, Any]
         "schedule": schedule_of(recipe),
         "max_grad_norm": recipe.client.max_grad_norm,
         "accumulation_steps": recipe.client.gradient_accumulation_steps * pieces,
+        "loss_scaling": scales_loss(recipe),
         **({"trainable": lambda name: any(factor in name for factor in factors)} if factors else {}),
     }
+
+
+def scales_loss(recipe: Recipe) -> bool:
+    """Whether the base computes in float16, in which small gradients would be lost."""
+    if recipe.dtype == "auto":
+        return hardware_dtype("cuda" if torch.cuda.is_available() else "cpu")[0] == torch.float16
+    return recipe.dtype == "float16"
 
 
 def schedule_of(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -692,14 +702,16 @@ def message_bytes(
     site = Site(state.seed, state.round, client.id, cohort)
     narrowed = {name: leaf[None] for name, leaf in adapter.narrow(state.params, client).items()}
     personal = {name: leaf[None] for name, leaf in algorithm.client.personal(state.params).items()}
-    delta_C, _ = algorithm.client.finish(narrowed, algorithm.client.init(narrowed, personal, [site]))
+    work = algorithm.client.init(narrowed, personal, [site])
+    delta_C, _ = algorithm.client.finish(narrowed, work)
+    told = TRAINING_METRICS if scaling_in(work) is None else (*TRAINING_METRICS, SKIPPED)
     # How small some messages are depends on what is in them: numbers like those of a first step stand for them.
     draw = torch.Generator().manual_seed(0)
     delta = {name: leaf[0] + torch.randn(leaf[0].shape, generator=draw).to(leaf) for name, leaf in delta_C.items()}
     if hasattr(adapter, "num_seeds"):  # a step changes one number
         delta = {name: leaf * (torch.arange(len(leaf)) < num_steps).to(leaf) for name, leaf in delta.items()}
     payload = sides.client_payload(algorithm, state.params, delta, client.weight, site)
-    up = sides.upload_bytes(payload, client.weight, dict.fromkeys(TRAINING_METRICS, 0.0))
+    up = sides.upload_bytes(payload, client.weight, dict.fromkeys(told, 0.0))
     return up, sides.broadcast_bytes(state, sides.broadcast_payload(algorithm, state), site)
 
 

@@ -150,8 +150,7 @@ _REASONS: Mapping[str, str] = {
     "load_in_8bit": "the base is float32 or bfloat16: dtype",
     "load_in_4bit": "the base is float32 or bfloat16: dtype",
     "quantization_bit": "the base is float32 or bfloat16: dtype",
-    "fp16": "float16 loses small gradients: dtype bfloat16 or float32",
-    "tf32": "not here",
+    "tf32": "always on where a GPU has it, for what is float32",
 }
 
 # Values that change the training so much that dropping them must be said louder.
@@ -275,6 +274,10 @@ def _precision(tool: str, value: Any) -> dict[str, Any] | None:
     return {"dtype": "bfloat16"} if value is True else None
 
 
+def _half(tool: str, value: Any) -> dict[str, Any] | None:
+    return {"dtype": "float16"} if value is True else {} if value in (False, "auto") else None
+
+
 def _answer_only(tool: str, value: Any) -> dict[str, Any] | None:
     return {"data.train_on_inputs": not value} if isinstance(value, bool) else None
 
@@ -309,6 +312,7 @@ def _datasets(tool: str, value: Any) -> dict[str, Any] | None:
 
 _SPECIAL: Mapping[str, Callable[[str, Any], dict[str, Any] | None]] = {
     "bf16": _precision,
+    "fp16": _half,
     "completion_only_loss": _answer_only,
     "assistant_only_loss": _answer_only,
     "lora_target_linear": _all_linear,

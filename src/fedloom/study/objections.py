@@ -508,9 +508,10 @@ def _zeroth_objections(recipe: Recipe) -> Iterator[Objection]:
             "seed_space, but data.type is preference, whose reference is the untouched base, and seed_space moves the "
             "base's own weights: another kind, with method: fedmezo",
         )
-    if in_seeds and recipe.dtype == "bfloat16":
+    if in_seeds and recipe.dtype in ("bfloat16", "float16"):
         yield Objection(
-            ("dtype", "adapter.kind"), "bfloat16, but steps of seed_space are smaller than it can tell apart: float32"
+            ("dtype", "adapter.kind"),
+            f"{recipe.dtype}, but steps of seed_space are smaller than it can tell apart: float32",
         )
     if in_seeds and adapter.seed_sampling == "magnitude" and recipe.server.kind != "replace":
         yield Objection(

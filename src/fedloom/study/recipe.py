@@ -60,8 +60,10 @@ class Recipe(Block):
     name: str = Field("run", min_length=1, description="Default: the recipe file's name.")
     model: str = Field(min_length=1, description="A hub id, a folder, or `builtin`.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
-        "auto", description="Of the frozen model; `auto` is bfloat16 where the hardware has it. Adapters are float32."
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        "auto",
+        description="What the frozen model computes in; `auto` is bfloat16 where the hardware has it, float16 (with loss "
+        "scaling) on GPUs that have only that. Adapters are float32.",
     )
     data: DataRecipe = Field(default_factory=DataRecipe, description="Where the rows come from.")
     start_from: Annotated[str, Field(min_length=1)] | None = Field(

@@ -129,6 +129,7 @@ class ArmCosts(TypedDict):
     peak_memory_bytes: NotRequired[Count]
     peak_memory_of: NotRequired[Literal["arm", "process"]]  # "process": the highest since the process began
     trainable_share: NotRequired[Share]
+    skipped_steps: NotRequired[Count]  # local steps in float16 that were not made, as their gradient overflowed
 
 
 @with_config(extra="forbid", allow_inf_nan=False)

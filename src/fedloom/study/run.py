@@ -106,6 +106,7 @@ class Totals:
     bytes_down: float = 0.0
     client_rounds: int = 0
     failed: int = 0
+    skipped_steps: float = 0.0  # in float16, where a gradient overflowed
     peak_memory: int = 0
     stopped_early: bool = False
     equal: dict[str, Any] | None = None  # a `SampledArm`, once the model had seen enough samples
@@ -125,6 +126,7 @@ class Totals:
         self.bytes_down += report.metrics["bytes_down"]
         self.client_rounds += uploads_of(report)
         self.failed += len(report.failed)
+        self.skipped_steps += report.metrics.get(SKIPPED, 0.0)
         for client, row in report.clients.items():
             shape = work(client)
             # where its batches were those of an earlier round, their shape is as that of its batches now
@@ -624,6 +626,7 @@ class _Runner:
                 "bytes_up_per_client": report.metrics["bytes_up"] / done if sent else 0,
                 "bytes_down_per_client": report.metrics["bytes_down"] / done if sent else 0,
                 "tokens": int(report.metrics["tokens"]),
+                **({SKIPPED: int(report.metrics[SKIPPED])} if SKIPPED in report.metrics else {}),
                 "samples": int(report.metrics["examples"]),
                 "samples_seen": totals.samples_per_model,
                 "seconds": report.seconds,
@@ -688,6 +691,10 @@ class _Runner:
             "best_value": totals.best.value,
             "round": state.round,
         }
+        if totals.skipped_steps:
+            self.display.message(
+                f"note      {arm}: {totals.skipped_steps:.0f} local steps overflowed in float16 and were not made"
+            )
         compared = totals.equal or {"round": state.round, "samples": seen, "result": result}
         totals.peak_memory = max(totals.peak_memory, self._peak_memory())
         self.folder.write_stage(
@@ -726,6 +733,7 @@ class _Runner:
             "peak_memory_bytes": totals.peak_memory,
             "peak_memory_of": "arm" if self.own_peaks else "process",
             "trainable_share": 0.0 if arm == "base" else facts["trainable_parameters"] / facts["total_parameters"],
+            **({"skipped_steps": int(totals.skipped_steps)} if totals.skipped_steps else {}),  # type: ignore[typeddict-item]
         }
 
     def _export(self, state: State) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from fedloom.errors import UserError
 from fedloom.hub import hub_is_offline
+from fedloom.models import quantised
 from fedloom.ops.attention import use_fast_attention
 
 __all__ = [
@@ -60,6 +61,7 @@ class Base:
     num_parameters: int
     folder: str | None = None  # where its files lie (of a hub id: in the cache), None for a model of `random_base`
     dtype_reason: str = ""  # why this dtype, in words
+    quantization: str = "none"  # of its layers: none, int8 or nf4
 
     @property
     def device(self) -> torch.device:
@@ -70,18 +72,22 @@ def load_base(
     name: str,
     *,
     dtype: str | torch.dtype = "auto",
+    quantization: str = "none",
     trust_remote_code: bool = False,
     device: str | torch.device = "cpu",
 ) -> Base:
     """Load the base model `name`: "builtin", a folder in the Hugging Face layout, or a hub id.
 
     `dtype` is float32, bfloat16, float16, float64 or auto (see `hardware_dtype`). Training in float16 needs its loss
-    scaled (`ops.loss_scale`).
+    scaled (`ops.loss_scale`). `quantization` stores the layers in 8 or 4 bits (`models.quantised`); they compute in
+    `dtype`.
 
     Raises:
         UserError: there is no such model, it is no causal language model, its weights do not fit its config, it is
-            not in safetensors, or it needs its own code and `trust_remote_code` is not set. The hint says the way out.
+            not in safetensors, quantised already, or it needs its own code and `trust_remote_code` is not set. The hint
+            says the way out.
     """
+    quantised.check_installed(quantization)
     device = torch.device(device)
     wanted, reason = _choose_dtype(dtype, device)
     source, offline = _locate(name)
@@ -89,14 +95,28 @@ def load_base(
         _check_folder(source, name)
     config = _load_config(source, name, offline=offline, trust_remote_code=trust_remote_code)
     _check_causal(config, name)
+    _check_unquantised(config, name)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    model = _load_model(source, name, config, dtype=wanted, offline=offline, trust_remote_code=trust_remote_code)
+    more: dict[str, Any] = {}
+    if quantization != "none":  # each file's weights are packed as they are read, where they are to be
+        more = {"quantization_config": quantised.settings_of(quantization, wanted), "device_map": {"": device}}
+    model = _load_model(
+        source, name, config, dtype=wanted, offline=offline, trust_remote_code=trust_remote_code, more=more
+    )
     _check_vocabulary(model, tokenizer, name)
-    model = model.to(device)
+    if quantization == "none":
+        model = model.to(device)
+    elif not quantised.pinned_forward(model):
+        raise UserError(
+            f"quantization is {quantization}, but {name} has no layer that could be stored so",
+            hint="quantization=none",
+            code="model.quantization",
+        )
     _freeze(model)
     use_fast_attention(model)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return Base(model, tokenizer, name, wanted, count, folder=_folder_of(source), dtype_reason=reason)
+    count = quantised.num_parameters(model)
+    folder = _folder_of(source)
+    return Base(model, tokenizer, name, wanted, count, folder, dtype_reason=reason, quantization=quantization)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False, pad: bool = True) -> Any:
@@ -427,13 +447,32 @@ def _check_causal(config: Any, name: str) -> None:
     )
 
 
+def _check_unquantised(config: Any, name: str) -> None:
+    own = getattr(config, "quantization_config", None)
+    if own is None:
+        return
+    method = own.get("quant_method") if isinstance(own, Mapping) else getattr(own, "quant_method", None)
+    raise UserError(
+        f"model {name} holds weights that are quantised already ({method or 'by an unknown method'})",
+        hint="give the model in full precision: quantization=nf4 or int8 packs it as it is read",
+        code="model.quantization",
+    )
+
+
 def _load_model(
-    source: Path | str, name: str, config: Any, *, dtype: torch.dtype, offline: bool, trust_remote_code: bool
+    source: Path | str,
+    name: str,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    offline: bool,
+    trust_remote_code: bool,
+    more: Mapping[str, Any],
 ) -> nn.Module:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    def load(**more: Any) -> tuple[nn.Module, Mapping[str, Any]]:
+    def load(**attention: Any) -> tuple[nn.Module, Mapping[str, Any]]:
         with _quiet():
             loaded: tuple[nn.Module, Mapping[str, Any]] = AutoModelForCausalLM.from_pretrained(
                 str(source),
@@ -445,6 +484,7 @@ def _load_model(
                 local_files_only=offline,
                 # Shapes that do not fit come back by name and are refused below; they never become random weights.
                 ignore_mismatched_sizes=True,
+                **attention,
                 **more,
             )
         return loaded

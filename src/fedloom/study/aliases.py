@@ -108,7 +108,7 @@ SAME_VALUES: Mapping[str, Mapping[str, str]] = {
         "chat_template": "chat",
         "text": "completion",
     },
-    "adapter.kind": {"LORA": "lora", "LoRA": "lora", "DoRA": "dora", "IA3": "ia3", "freeze": "last_layers"},
+    "adapter.kind": {"LORA": "lora", "LoRA": "lora", "qlora": "lora", "DoRA": "dora", "IA3": "ia3", "freeze": "last_layers"},
     "adapter.lora_target_modules": {"all": "all-linear", "all_linear": "all-linear"},
     "client.optim": {
         "AdamW": "adamw",
@@ -192,13 +192,18 @@ def _all_linear(value: Any, _: Context) -> Mapping[str, Any]:
     return {"adapter.lora_target_modules": "all-linear"} if _truth(value) else {}
 
 
-def _off(name: str, later: str) -> Callable[[Any, Context], Mapping[str, Any]]:
+def _stored_in(kind: str) -> Callable[[Any, Context], Mapping[str, Any]]:
     def convert(value: Any, _: Context) -> Mapping[str, Any]:
-        if _truth(value):
-            raise ValueError(f"{name} is not there: {later}")
-        return {}
+        return {"quantization": kind} if _truth(value) else {}
 
     return convert
+
+
+def _bits(value: Any, _: Context) -> Mapping[str, Any]:
+    kinds = {4: "nf4", 8: "int8"}
+    if value not in kinds:
+        raise ValueError("4 or 8 is expected")
+    return {"quantization": kinds[value]}
 
 
 def _uniform(value: Any, _: Context) -> Mapping[str, Any]:
@@ -225,8 +230,9 @@ SAID: Mapping[str, Said] = {
         ("adapter.lora_target_modules",), _all_linear, "true is lora_target_modules: all-linear"
     ),
     "uniform_weight": Said(("aggregate.weighting",), _uniform, "true is aggregate.weighting: uniform"),
-    "load_in_4bit": Said((), _off("a 4 bit base", "leave it out and use dtype: bfloat16"), "false needs no key here"),
-    "load_in_8bit": Said((), _off("an 8 bit base", "leave it out and use dtype: bfloat16"), "false needs no key here"),
+    "load_in_4bit": Said(("quantization",), _stored_in("nf4"), "true is quantization: nf4, false needs no key here"),
+    "load_in_8bit": Said(("quantization",), _stored_in("int8"), "true is quantization: int8, false needs no key here"),
+    "quantization_bit": Said(("quantization",), _bits, "4 is quantization: nf4, 8 is quantization: int8"),
 }
 
 

@@ -141,6 +141,7 @@ def open_target(
             base = load_base(
                 found,
                 dtype=dtype or (recipe.dtype if recipe is not None else "auto"),
+                quantization=recipe.quantization if recipe is not None else "none",
                 trust_remote_code=trust_remote_code or (recipe is not None and recipe.trust_remote_code),
                 device=device_name(),
             )

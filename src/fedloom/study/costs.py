@@ -47,6 +47,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedloom.data.batches import Batches, lengths_of
 from fedloom.data.pair_batches import PairBatches
+from fedloom.models.quantised import num_weights
 from fedloom.tree import num_elements
 from fedloom.types import Adapter, Tree
 
@@ -123,9 +124,9 @@ def training_flops(adapter: Adapter, params: Tree, *, gradients: bool = True) ->
         if layer is head:
             head_is_trained = trained
         else:
-            forward += layer.weight.numel()
-            backward += layer.weight.numel() * (passes + trained)
-            again += layer.weight.numel() * runs_again
+            forward += num_weights(layer)
+            backward += num_weights(layer) * (passes + trained)
+            again += num_weights(layer) * runs_again
             parts = names[layer].split(".")
             within = [i for i, part in enumerate(parts) if "attn" in part or "attention" in part]
             if within:

@@ -147,9 +147,6 @@ _REASONS: Mapping[str, str] = {
     "do_train": "always",
     "model_type": "found from the model",
     "tokenizer_type": "found from the model",
-    "load_in_8bit": "the base is float32 or bfloat16: dtype",
-    "load_in_4bit": "the base is float32 or bfloat16: dtype",
-    "quantization_bit": "the base is float32 or bfloat16: dtype",
     "tf32": "always on where a GPU has it, for what is float32",
 }
 
@@ -274,6 +271,14 @@ def _precision(tool: str, value: Any) -> dict[str, Any] | None:
     return {"dtype": "bfloat16"} if value is True else None
 
 
+def _stored_in(kind: str) -> Callable[[str, Any], dict[str, Any] | None]:
+    return lambda tool, value: {"quantization": kind} if value is True else {} if value in (False, None) else None
+
+
+def _bits(tool: str, value: Any) -> dict[str, Any] | None:
+    return {"quantization": {4: "nf4", 8: "int8"}[value]} if value in (4, 8) else None
+
+
 def _half(tool: str, value: Any) -> dict[str, Any] | None:
     return {"dtype": "float16"} if value is True else {} if value in (False, "auto") else None
 
@@ -313,6 +318,9 @@ def _datasets(tool: str, value: Any) -> dict[str, Any] | None:
 _SPECIAL: Mapping[str, Callable[[str, Any], dict[str, Any] | None]] = {
     "bf16": _precision,
     "fp16": _half,
+    "load_in_4bit": _stored_in("nf4"),
+    "load_in_8bit": _stored_in("int8"),
+    "quantization_bit": _bits,
     "completion_only_loss": _answer_only,
     "assistant_only_loss": _answer_only,
     "lora_target_linear": _all_linear,
@@ -329,7 +337,7 @@ def _write(tool: str, path: Path, ours: Mapping[str, Any]) -> str:
     for key in missing:
         values[key] = _PLACEHOLDER[key]
     lines = [f"# From {tool}: {path.name}"]
-    for key in ("model", "dtype", "trust_remote_code"):
+    for key in ("model", "dtype", "quantization", "trust_remote_code"):
         if key in values:
             note = "    # not in the file: put yours here" if key in missing else ""
             lines.append(f"{key}: {yaml_value(values[key])}{note}")

@@ -50,10 +50,46 @@ def objections(recipe: Recipe) -> Iterator[Objection]:
     """Every reason why the recipe's parts do not go together, found without data and without the model."""
     yield from _data_objections(recipe)
     yield from _split_objections(recipe)
+    yield from _quantization_objections(recipe)
     yield from _training_objections(recipe)
     yield from _evaluate_objections(recipe)
     yield from _compress_objections(recipe)
     yield from _tracking_objections(recipe)
+
+
+def _quantization_objections(recipe: Recipe) -> Iterator[Objection]:
+    """Packed weights can be read, and not be moved or trained."""
+    kind, adapter, aggregate = recipe.quantization, recipe.adapter.kind, recipe.aggregate.kind
+    if kind == "none":
+        return
+    reasons = {
+        "full": "trains the model's own weights",
+        "last_layers": "trains the model's own weights",
+        "seed_space": "moves the model's own weights",
+        "dora": "needs the norms of the weights",
+    }
+    if adapter in reasons:
+        yield Objection(
+            ("quantization", "adapter.kind"),
+            f"{kind}, but adapter.kind {adapter} {reasons[adapter]}, which are packed: adapter.kind: lora, or "
+            "quantization: none",
+        )
+    if aggregate in ("flora", "fedex_lora"):
+        yield Objection(
+            ("quantization", "aggregate.kind", "method"),
+            f"{kind}, but {aggregate} adds to the frozen weights in every round, and packed weights take no small change: "
+            "method: fedavg or flexlora, or quantization: none",
+        )
+    if recipe.start_from is not None:
+        yield Objection(
+            ("quantization", "start_from"),
+            f"{kind}, but start_from merges into the weights, which are packed: quantization: none, or model: the folder "
+            "that fedloom export --format merged writes",
+        )
+    if recipe.dtype == "float64":
+        yield Objection(
+            ("dtype", "quantization"), f"float64, but a base in {kind} computes in float32, bfloat16 or float16: float32"
+        )
 
 
 def _data_objections(recipe: Recipe) -> Iterator[Objection]:

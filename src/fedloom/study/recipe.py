@@ -65,6 +65,11 @@ class Recipe(Block):
         description="What the frozen model computes in; `auto` is bfloat16 where the hardware has it, float16 (with loss "
         "scaling) on GPUs that have only that. Adapters are float32.",
     )
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        "none",
+        description="What the frozen model's layers are stored in: `nf4` is QLoRA's 4 bits with double quantisation, "
+        "`int8` 8 bits with a scale per row. Needs `fedloom[quant]`.",
+    )
     data: DataRecipe = Field(default_factory=DataRecipe, description="Where the rows come from.")
     start_from: Annotated[str, Field(min_length=1)] | None = Field(
         None,

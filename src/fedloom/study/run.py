@@ -30,7 +30,7 @@ from fedloom.personal import OnDisk
 from fedloom.rounds import federate, initial_state
 from fedloom.runtimes import batched
 from fedloom.runtimes.clock import speeds
-from fedloom.runtimes.cohort import TOGETHER, client_model, has_own_model
+from fedloom.runtimes.cohort import SKIPPED, TOGETHER, client_model, has_own_model
 from fedloom.runtimes.distributed import distributed
 from fedloom.runtimes.fedbuff import clock_of
 from fedloom.study import checkpoint
@@ -336,6 +336,8 @@ class _Runner:
                 "model": {
                     "name": self.recipe.model,
                     "dtype": planned.dtype,
+                    "quantization": planned.quantization,
+                    "weight_bytes": planned.weight_bytes,
                     "total_parameters": planned.total_parameters,
                     "trainable_parameters": planned.trainable_parameters,
                 },

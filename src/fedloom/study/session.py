@@ -22,6 +22,7 @@ from fedloom.data.tokens import pad_id_of
 from fedloom.errors import RunError, UserError
 from fedloom.models.causal import positions_of
 from fedloom.models.load import Base, load_base
+from fedloom.models.quantised import stored_bytes
 from fedloom.ops.host import tune_host
 from fedloom.ops.names import CONTROL, apart
 from fedloom.rounds import initial_state
@@ -64,8 +65,13 @@ def device_name() -> str:
 
 def make_base(recipe: Recipe, team: Team | None = None) -> Base:
     """The recipe's base model, freshly loaded, with what the run starts from in its weights."""
-    device = device_of(team)
-    base = load_base(recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, device=device)
+    base = load_base(
+        recipe.model,
+        dtype=recipe.dtype,
+        quantization=recipe.quantization,
+        trust_remote_code=recipe.trust_remote_code,
+        device=device_of(team),
+    )
     return started(base, recipe)
 
 
@@ -303,10 +309,17 @@ class PlanReport:
     tokens_per_second: float | None
     train_seconds: float | None
     peak_memory_bytes: int
+    quantization: str = "none"
+    weight_bytes: int = 0  # of the frozen model, as it lies in memory
     loss: str = ""  # on pairs, in words; of answers to imitate there is one only
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def _stored(self) -> str:
+        if self.quantization == "none":
+            return ""
+        return f"layers in {self.quantization} ({byte_text(self.weight_bytes)} in all), computed in "
 
     @property
     def lines(self) -> list[str]:
@@ -314,7 +327,8 @@ class PlanReport:
         method = f"{self.method}, {self.loss}" if self.loss else self.method
         share = 100 * self.trainable_parameters / self.total_parameters
         lines = [
-            f"model     {self.model}, {amount(self.total_parameters)} parameters, {self.dtype_reason}; {self.device}"
+            f"model     {self.model}, {amount(self.total_parameters)} parameters, {self._stored()}{self.dtype_reason}; "
+            f"{self.device}"
             + (f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device == "cpu" else ""),
             f"adapter   {self.adapter}: {amount(self.trainable_parameters)} trainable parameters ({share:.2f} %)",
             f"data      {self.data}",
@@ -388,6 +402,8 @@ def plan(session: Session, *, probe: bool = True) -> PlanReport:
         tokens_per_second=speed,
         train_seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
+        quantization=session.base.quantization,
+        weight_bytes=stored_bytes(session.base.model),
         loss=f"DPO on pairs ({recipe.dpo.loss_type}, beta {recipe.dpo.beta:g})" if federation.paired else "",
     )
 

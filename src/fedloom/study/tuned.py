@@ -104,13 +104,19 @@ class Tuned:
 
 
 def open_tuned(
-    run: Path, *, model: str | None = None, dtype: str | None = None, checkpoint: Which | None = None
+    run: Path,
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    checkpoint: Which | None = None,
 ) -> Tuned:
     """Open a run folder, a PEFT adapter folder, or the model folder of a run that trained the model's own weights.
 
     Args:
         model: the base, where it now lies elsewhere than the run or the adapter says.
         dtype: of the base; the recipe's by default.
+        quantization: of the base; the recipe's by default.
         checkpoint: one of the run's checkpoints in place of its `adapter/`; the run may be unfinished.
 
     Raises:
@@ -130,6 +136,7 @@ def open_tuned(
     base = load_base(
         name,
         dtype=dtype or (recipe.dtype if recipe is not None else "auto"),
+        quantization=quantization or (recipe.quantization if recipe is not None else "none"),
         trust_remote_code=recipe is not None and recipe.trust_remote_code,
         device=device_name(),
     )
@@ -389,6 +396,9 @@ def export_lora(run: Path, destination: Path, *, model: str | None = None, check
 def export_merged(run: Path, destination: Path, *, model: str | None = None, checkpoint: Which | None = None) -> float:
     """Write the base with the adapter added to its weights: an ordinary model folder, in the dtype of the base's own.
 
+    The weights are those of the base's own files in full precision, also where the adapter was trained on them in 8 or 4
+    bits: answers then differ from the run's by what quantisation did to the base.
+
     Returns:
         The largest difference of the written model's logits from the run's, as a share of the largest logit.
 
@@ -396,8 +406,8 @@ def export_merged(run: Path, destination: Path, *, model: str | None = None, che
         UserError: no adapter, it does not match the model, or the destination is taken.
         RunError: the disk is full, or the written model does not answer as the run does; nothing is left behind.
     """
-    # float32: the sum is rounded once, when it is stored
-    tuned = open_tuned(run, model=model, dtype="float32", checkpoint=checkpoint)
+    # float32: the sum is rounded once, when it is stored; and the weights are the original ones, whatever was trained on
+    tuned = open_tuned(run, model=model, dtype="float32", quantization="none", checkpoint=checkpoint)
     base = tuned.base
     adapter: Any = tuned.adapter  # every kind merges, or says why it cannot
     stored = _stored_dtype(base)

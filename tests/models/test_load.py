@@ -325,7 +325,16 @@ def test_a_tokenizer_of_another_model(folder: Path) -> None:
 
 
 def test_an_unknown_dtype(saved: Path) -> None:
-    assert "float16" in refusal(saved, dtype="float16").message
+    assert "float16" in refusal(saved, dtype="float8").message
+
+
+def test_auto_on_a_gpu_is_what_it_multiplies_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, bf16, dtype in (((8, 0), True, "bfloat16"), ((7, 5), False, "float16"), ((6, 1), False, "float32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, has=bf16: has)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, has=capability: has)
+        found, reason = load.hardware_dtype("cuda")
+        assert found == getattr(torch, dtype) and reason.startswith(dtype)
 
 
 def test_a_folder_that_is_not_there_lists_its_neighbours(tmp_path: Path) -> None:

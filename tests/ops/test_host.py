@@ -121,3 +121,12 @@ print(peak() - before)
     if unbounded < 100:
         pytest.skip("this processor's bfloat16 products keep no code by shape")
     assert growth() < 0.6 * unbounded
+
+
+def test_float32_products_are_tf32_on_a_gpu_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert host.tune_host(1).tf32 is there
+    assert said == ["high"]

@@ -217,6 +217,10 @@ def test_same_values(key: str, theirs: str, ours: str) -> None:
         ("bf16: false", "dtype", "float32"),
         ("bf16: auto", "dtype", "auto"),
         ("fp16: false", "dtype", "auto"),
+        ("fp16: true", "dtype", "float16"),
+        ("load_in_4bit: true", "quantization", "nf4"),
+        ("load_in_8bit: true", "quantization", "int8"),
+        ("quantization_bit: 4", "quantization", "nf4"),
         ("fraction_fit: 0.5", "clients_per_round", 0.5),
         ("fraction_train: 1.0", "clients_per_round", None),
         ("sample_client_rate: 0.25", "clients_per_round", 0.25),
@@ -241,7 +245,7 @@ def test_every_row_of_said_is_tested() -> None:
     assert {line.split(":")[0] for line, _, _ in marks[0].args[1]} == set(SAID)
 
 
-@pytest.mark.parametrize("line", ["fp16: true", "load_in_4bit: true", "bf16: 3", "fraction_fit: 2", "warmup_ratio: 1"])
+@pytest.mark.parametrize("line", ["fp16: 3", "quantization_bit: 2", "bf16: 3", "fraction_fit: 2", "warmup_ratio: 1"])
 def test_another_unit_out_of_range_is_refused(line: str) -> None:
     assert said(f"{BASE}{line}\n")[0].startswith(f"line 4  {line.replace(':', '')}: ")
 

@@ -61,8 +61,8 @@ def sgd_client(
         trainable: by parameter name; what is not trained is not sent.
         keep_optimizer: the optimiser's state stays with the client from round to round, as DiLoCo has it; else the
             optimiser starts anew each round.
-        loss_scaling: for a base in float16 (`ops.loss_scale`): a client's step whose gradient overflows is not made, and
-            counted. The scale starts anew each round.
+        loss_scaling: for a base in float16 (`ops.loss_scale`): a client's step whose gradient overflows is counted and
+            not made. The scale starts anew each round.
     """
 
     def is_trained(name: str) -> bool:
@@ -114,9 +114,7 @@ def sgd_client(
         if scaling is not None and sound_C is not None:
             moved, opt = where_C(sound_C, (moved, opt), (free, state.opt))
             scaling = after_step(scaling, sound_C)
-        return state._replace(
-            params={**state.params, **moved}, opt=opt, step_C=state.step_C + 1, scaling=scaling
-        )
+        return state._replace(params={**state.params, **moved}, opt=opt, step_C=state.step_C + 1, scaling=scaling)
 
     def finish(broadcast_C: Tree, state: Local) -> tuple[Tree, Tree]:
         return {name: leaf - broadcast_C[name] for name, leaf in state.params.items() if is_trained(name)}, (

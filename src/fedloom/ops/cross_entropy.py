@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# In float16 a probability below 6e-8 would be 0, and a large vocabulary has many of them: gradients of logits are larger
-# by this much there. A product with the head's weights stays below float16's largest number up to weights of 127.
+# In float16 a probability below 6e-8 would be 0, and a large vocabulary has many of them: gradients of logits are
+# larger by this much there. Products with the head's weights stay below float16's largest number up to weights of 127.
 FLOAT16_LIFT = 256.0
 CHUNK_BYTES = 32 * 2**20  # of float32 logits at a time; larger chunks only cost memory
 
@@ -62,7 +62,7 @@ def nll_chunked(hidden_ND: Tensor, labels_N: Tensor, head: Head, chunk_rows: int
 
 
 def _piece(hidden_ND: Tensor, labels_N: Tensor, head: Head, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Of some rows: the losses [N], and their gradients [N, V] by the product of hidden state and head, times `_lift`."""
+    """Of some rows: the losses [N], and `_lift` times their gradients [N, V] by what hidden state times head gives."""
     labels = labels_N[:, None]
     z = F.linear(hidden_ND, head.weight_VD, head.bias_V)
     z = z if z.dtype == torch.float64 else z.float()

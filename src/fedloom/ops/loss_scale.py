@@ -1,8 +1,8 @@
 """Dynamic loss scaling (Micikevicius et al. 2018, Section 3.2) as a value, with a scale for each client of a cohort.
 
 Gradients of activations in float16 vanish below 6e-8. So the loss is multiplied by a scale before its gradient is taken
-and the gradient, of float32 adapters, divided by it. Where it comes out not finite, the scale was too large: the step is
-not made, optimiser state included, and the scale halves. Scales are powers of two, so nothing is rounded by them.
+and the gradient, of float32 adapters, divided by it. Where it comes out not finite, the scale was too large: the step,
+optimiser state included, is not made, and the scale halves. Scales are powers of two, so nothing is rounded by them.
 Clients share nothing here: one client's overflow neither skips another's step nor moves its scale.
 
 Shape suffixes: C clients.

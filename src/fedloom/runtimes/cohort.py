@@ -44,7 +44,6 @@ from fedloom.types import (
 
 TOGETHER = 64  # clients whose one model is evaluated in one go: passes are as large as an evaluation makes them
 
-
 log = logging.getLogger("fedloom")
 
 

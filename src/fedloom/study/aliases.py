@@ -100,7 +100,15 @@ SAME: Mapping[str, str] = {
 
 # By dotted key, then the other spelling of the value -> ours.
 SAME_VALUES: Mapping[str, Mapping[str, str]] = {
-    "dtype": {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64", "double": "float64"},
+    "dtype": {
+        "fp32": "float32",
+        "float": "float32",
+        "bf16": "bfloat16",
+        "fp16": "float16",
+        "half": "float16",
+        "fp64": "float64",
+        "double": "float64",
+    },
     "data.type": {
         "sharegpt": "chat",
         "chatml": "chat",
@@ -108,7 +116,14 @@ SAME_VALUES: Mapping[str, Mapping[str, str]] = {
         "chat_template": "chat",
         "text": "completion",
     },
-    "adapter.kind": {"LORA": "lora", "LoRA": "lora", "qlora": "lora", "DoRA": "dora", "IA3": "ia3", "freeze": "last_layers"},
+    "adapter.kind": {
+        "LORA": "lora",
+        "LoRA": "lora",
+        "qlora": "lora",
+        "DoRA": "dora",
+        "IA3": "ia3",
+        "freeze": "last_layers",
+    },
     "adapter.lora_target_modules": {"all": "all-linear", "all_linear": "all-linear"},
     "client.optim": {
         "AdamW": "adamw",

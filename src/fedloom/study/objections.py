@@ -77,18 +77,19 @@ def _quantization_objections(recipe: Recipe) -> Iterator[Objection]:
     if aggregate in ("flora", "fedex_lora"):
         yield Objection(
             ("quantization", "aggregate.kind", "method"),
-            f"{kind}, but {aggregate} adds to the frozen weights in every round, and packed weights take no small change: "
-            "method: fedavg or flexlora, or quantization: none",
+            f"{kind}, but {aggregate} adds to the frozen weights in every round, and packed ones take no small change: "
+            "method: fedavg or flex_lora, or quantization: none",
         )
     if recipe.start_from is not None:
         yield Objection(
             ("quantization", "start_from"),
-            f"{kind}, but start_from merges into the weights, which are packed: quantization: none, or model: the folder "
-            "that fedloom export --format merged writes",
+            f"{kind}, but start_from merges into the weights, which are packed: quantization: none, or for model: the "
+            "folder that fedloom export --format merged writes",
         )
     if recipe.dtype == "float64":
         yield Objection(
-            ("dtype", "quantization"), f"float64, but a base in {kind} computes in float32, bfloat16 or float16: float32"
+            ("dtype", "quantization"),
+            f"float64, but a base in {kind} computes in float32, bfloat16 or float16: float32",
         )
 
 

@@ -62,8 +62,8 @@ class Recipe(Block):
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
         "auto",
-        description="What the frozen model computes in; `auto` is bfloat16 where the hardware has it, float16 (with loss "
-        "scaling) on GPUs that have only that. Adapters are float32.",
+        description="What the frozen model computes in; `auto` is bfloat16 where the hardware has it, float16 (with "
+        "loss scaling) on GPUs that have only that. Adapters are float32.",
     )
     quantization: Literal["none", "int8", "nf4"] = Field(
         "none",

@@ -328,8 +328,7 @@ class PlanReport:
         share = 100 * self.trainable_parameters / self.total_parameters
         lines = [
             f"model     {self.model}, {amount(self.total_parameters)} parameters, {self._stored()}{self.dtype_reason}; "
-            f"{self.device}"
-            + (f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device == "cpu" else ""),
+            f"{self.device}" + (f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device == "cpu" else ""),
             f"adapter   {self.adapter}: {amount(self.trainable_parameters)} trainable parameters ({share:.2f} %)",
             f"data      {self.data}",
             f"tokens    {amount(self.tokens['train'])} to train on, {amount(self.tokens['train_target'])} with loss; "

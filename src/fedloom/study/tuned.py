@@ -396,8 +396,8 @@ def export_lora(run: Path, destination: Path, *, model: str | None = None, check
 def export_merged(run: Path, destination: Path, *, model: str | None = None, checkpoint: Which | None = None) -> float:
     """Write the base with the adapter added to its weights: an ordinary model folder, in the dtype of the base's own.
 
-    The weights are those of the base's own files in full precision, also where the adapter was trained on them in 8 or 4
-    bits: answers then differ from the run's by what quantisation did to the base.
+    The weights are those of the base's own files in full precision, also where the adapter was trained on them in 8 or
+    4 bits: answers then differ from the run's by what quantisation did to the base.
 
     Returns:
         The largest difference of the written model's logits from the run's, as a share of the largest logit.
@@ -406,7 +406,7 @@ def export_merged(run: Path, destination: Path, *, model: str | None = None, che
         UserError: no adapter, it does not match the model, or the destination is taken.
         RunError: the disk is full, or the written model does not answer as the run does; nothing is left behind.
     """
-    # float32: the sum is rounded once, when it is stored; and the weights are the original ones, whatever was trained on
+    # float32: the sum is rounded once, when it is stored; the weights are the original ones, whatever was trained on
     tuned = open_tuned(run, model=model, dtype="float32", quantization="none", checkpoint=checkpoint)
     base = tuned.base
     adapter: Any = tuned.adapter  # every kind merges, or says why it cannot

@@ -245,6 +245,7 @@ def test_what_is_packed_already_or_of_no_known_kind_is_refused(folder, tmp_path)
         ({"method": "fedex_lora"}, "nf4, but fedex_lora adds to the frozen weights"),
         ({"start_from": "runs/sft"}, "nf4, but start_from merges into the weights"),
         ({"dtype": "float64"}, "float64, but a base in nf4 computes in"),
+        ({"runtime": {"shard_base": True}}, "nf4, but runtime.shard_base cuts weights up"),
     ],
 )
 def test_what_needs_the_weights_themselves_is_refused(values, said):

@@ -86,6 +86,12 @@ def _quantization_objections(recipe: Recipe) -> Iterator[Objection]:
             f"{kind}, but start_from merges into the weights, which are packed: quantization: none, or for model: the "
             "folder that fedloom export --format merged writes",
         )
+    if recipe.runtime.shard_base:
+        yield Objection(
+            ("quantization", "runtime.shard_base"),
+            f"{kind}, but runtime.shard_base cuts weights up, and packed ones have scales beside them: one or the "
+            "other",
+        )
     if recipe.dtype == "float64":
         yield Objection(
             ("dtype", "quantization"),

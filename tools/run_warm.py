@@ -25,7 +25,7 @@ def made(recipe: Any, run: Path) -> str:
     """One run, in a process that has made others; what went wrong with it, or nothing."""
     from fedloom.errors import FedloomError
     from fedloom.study import run as running
-    from fedloom.study.session import plan
+    from fedloom.study.plan import plan
 
     setattr(running, "write_report", lambda path: path)  # noqa: B010
     setattr(running, "plan", functools.partial(plan, probe=False))  # noqa: B010

@@ -10,6 +10,7 @@ from tests.study.tiny_runs import recipe
 
 from fedloom.errors import RunError
 from fedloom.study import session as sessions
+from fedloom.study.plan import plan
 from fedloom.study.run import run_recipe
 
 SAID = (
@@ -51,8 +52,8 @@ def test_a_plan_finds_the_width_and_says_where_one_is_too_much(home, monkeypatch
     size = recipe(home, home / "plan").client.per_device_train_batch_size
     smaller(monkeypatch, size)
     session = sessions.open_session(recipe(home, home / "plan"))
-    assert sessions.plan(session).clients_per_batch == session.room.width == 1
+    assert plan(session).clients_per_batch == session.room.width == 1
     smaller(monkeypatch, size - 1)
-    with pytest.raises(RunError, match="longest row") as caught:
-        sessions.plan(sessions.open_session(recipe(home, home / "plan")))
+    with pytest.raises(RunError, match="largest batch") as caught:
+        plan(sessions.open_session(recipe(home, home / "plan")))
     assert caught.value.code == "run.memory" and "gradient_checkpointing=true" in caught.value.hint

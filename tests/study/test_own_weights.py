@@ -16,8 +16,9 @@ from fedloom.models.load import load_base
 from fedloom.study import checkpoint
 from fedloom.study.benchmarks import kind_of, open_target
 from fedloom.study.build import algorithm_of, width_of
+from fedloom.study.plan import plan
 from fedloom.study.run import run_recipe
-from fedloom.study.session import initial_state, open_session, plan
+from fedloom.study.session import initial_state, open_session
 from fedloom.study.tuned import evaluate_run, export_lora, export_merged, open_tuned
 
 KINDS = {"full": {"kind": "full"}, "last_layers": {"kind": "last_layers", "trainable_layers": 1}}

@@ -19,7 +19,8 @@ from fedloom.study.build import algorithm_of
 from fedloom.study.load import validate_text
 from fedloom.study.recipe import Recipe
 from fedloom.study.run import run_recipe
-from fedloom.study.session import initial_state, open_session, plan
+from fedloom.study.plan import plan
+from fedloom.study.session import initial_state, open_session
 from fedloom.study.tuned import evaluate_run, export_merged, open_tuned
 
 IDS = torch.arange(4, 44).reshape(2, 20)

@@ -10,7 +10,7 @@ from fedloom.adapters.lora import Lora, lora, with_triton
 from fedloom.adapters.p_tuning import PTuning, p_tuning
 from fedloom.adapters.prefix_tuning import PrefixTuning, prefix_tuning
 from fedloom.adapters.prompt_tuning import PromptTuning, prompt_tuning
-from fedloom.adapters.recompute import with_recompute
+from fedloom.adapters.recompute import recomputing, with_recompute
 from fedloom.adapters.seed_space import SeedSpace, seed_space
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "p_tuning",
     "prefix_tuning",
     "prompt_tuning",
+    "recomputing",
     "seed_space",
     "with_recompute",
     "with_triton",

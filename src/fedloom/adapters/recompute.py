@@ -9,9 +9,10 @@ and the layout of packed rows with it. Nothing changes where no graph is made.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from fedloom.adapters.targets import decoder_blocks
 from fedloom.errors import UserError
 from fedloom.types import Adapter
 
-__all__ = ["with_recompute"]
+__all__ = ["recomputing", "with_recompute"]
 
 
 def with_recompute(adapter: Adapter) -> Adapter:
@@ -44,6 +45,28 @@ def with_recompute(adapter: Adapter) -> Adapter:
             block.forward = _again(adapter, block, block.forward)
         adapter.recomputes = True
     return adapter
+
+
+@contextlib.contextmanager
+def recomputing(adapter: Adapter) -> Iterator[None]:
+    """Checkpointing for as long as it lasts, to try what it costs.
+
+    Raises:
+        UserError: as `with_recompute`.
+    """
+    kept = {block: vars(block).get("forward") for block in decoder_blocks(adapter.model).values()}
+    before = getattr(adapter, "recomputes", False)
+    with_recompute(adapter)
+    frame: Any = adapter
+    try:
+        yield
+    finally:
+        frame.recomputes = before
+        for block, forward in kept.items():
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def _again(frame: Frame, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -58,9 +58,14 @@ def register(app: typer.Typer) -> None:
 def plan(
     words: Words = None,
     probe: Annotated[bool, typer.Option(help="Train one block for the time and memory, without keeping it.")] = True,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", show_default=False, help="What it may take, as 8GB; default: what there is."),
+    ] = None,
     output: FormatOption = OutputFormat.text,
 ) -> None:
     """What a run would cost: parameters, tokens, bytes, memory, time."""
+    limit = None if memory is None else _bytes_of(memory)
     suite = read_suite_words(words, "plan")
     if suite is not None:
         from fedloom.cli import suites
@@ -68,16 +73,29 @@ def plan(
         suites.show_plan(suite, output, probe=probe)
         return
     loaded = read_words(words, "plan")
+    from fedloom.study.plan import plan as planned
     from fedloom.study.session import open_session
-    from fedloom.study.session import plan as planned
 
-    report = planned(open_session(loaded.recipe), probe=probe)
+    report = planned(open_session(loaded.recipe), probe=probe, whole=probe, limit=limit)
     if output is OutputFormat.json:
         print_data(report.to_json())
         return
     for line in report.lines:
         out(line)
     say(f"next: fedloom run {loaded.source}")
+
+
+def _bytes_of(text: str) -> int:
+    """Bytes of "8GB", "500 MB", "7.5GiB".
+
+    Raises:
+        UserError: it is no size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", text, re.IGNORECASE)
+    if found is None or float(found[1]) <= 0:
+        raise UserError(f"--memory {text}: not a size", "a number and a unit: --memory 8GB", "cli.option")
+    factor = (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
+    return int(float(found[1]) * factor)
 
 
 def preview(

@@ -418,8 +418,11 @@ class RuntimeRecipe(Block):
         "every payload through the wire format to client objects with their own model. `buffered` is asynchronous "
         "(FedBuff): a round ends when buffer_size uploads have arrived, and clients_per_round of them train at once.",
     )
-    clients_per_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
-        None, description="Clients in one pass. Default auto. Only for batched, buffered."
+    clients_per_batch: Annotated[int, Field(ge=1)] | Literal["auto", "fastest"] | None = Field(
+        None,
+        description="Clients in one pass. Default `auto`: by a rule, and no more than memory holds. `fastest` tries "
+        "some, where the run is long enough, and keeps to what it took; the last digits then depend on the trial. "
+        "Only for batched, buffered.",
     )
     buffer_size: Annotated[int, Field(ge=1)] | None = Field(
         None,

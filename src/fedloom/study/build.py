@@ -26,6 +26,7 @@ from fedloom.adapters import (
     with_recompute,
     with_triton,
 )
+from fedloom.adapters import recomputing as recomputing  # noqa: PLC0414  # no other room of the study imports adapters
 from fedloom.adapters import start as starting
 from fedloom.adapters.targets import decoder_blocks
 from fedloom.aggregates import fed_exp, fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold

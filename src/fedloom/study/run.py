@@ -54,8 +54,9 @@ from fedloom.study.choose import LAST, Best, value_of
 from fedloom.study.costs import Flops, Work, peak_memory_bytes, reset_peak_memory, work_of
 from fedloom.study.folder import RunFolder, temporary_beside
 from fedloom.study.measure import Measures, model_each, one_model
+from fedloom.study.plan import plan
 from fedloom.study.processes import Processes
-from fedloom.study.progress import Display, Silent
+from fedloom.study.progress import Display, Silent, byte_text
 from fedloom.study.recipe import Recipe, resolved_json, resolved_yaml
 from fedloom.study.report import write_report
 from fedloom.study.result import (
@@ -72,7 +73,6 @@ from fedloom.study.result import (
 from fedloom.study.session import (
     Session,
     make_base,
-    plan,
     shown_prompt,
     try_checkpoint,
 )
@@ -296,6 +296,7 @@ class _Runner:
             self._begin(arms)
         else:
             self._same_data()
+            self.session.room.width = self.folder.read_facts().get("clients_per_batch", self.session.room.width)
         shared = "" if self.num_processes == 1 else f", {self.num_processes} processes"
         self.folder.log(("resumed" if resumed else f"started from {self.source or 'a program'}") + shared)
         last = self.folder.checkpoints
@@ -328,6 +329,12 @@ class _Runner:
             self.display.message(f"shared    by {self.num_processes} processes, {self.session.threads} thread(s) each")
         for note in report.notes:
             self.display.message(f"note      {note}")
+        forecast = planned.forecast
+        if forecast is not None and forecast.limit is not None and forecast.too_much:
+            self._narrowed(
+                f"this run may need {byte_text(forecast.memory.peak)} of memory, and there are "
+                f"{byte_text(forecast.limit)}; `fedloom plan` says how it would fit"
+            )
         if self.best_by == LAST:
             self.display.message("note      no validation rows: the last state of an arm counts as its best")
         try_checkpoint(self.session, self.folder.path)
@@ -349,7 +356,8 @@ class _Runner:
                 "started": time.time(),
                 "smoke": self.smoke,
                 "prepare_seconds": time.perf_counter() - self.started,
-                "prepare_peak_memory_bytes": self._peak_memory(),
+                "prepare_peak_memory_bytes": max(self._peak_memory(), planned.held_bytes),
+                "clients_per_batch": self.session.room.width,
                 "bytes_up": planned.bytes_up_per_client_round,
                 "bytes_down": planned.bytes_down_per_client_round,
             }
@@ -377,6 +385,8 @@ class _Runner:
             )
 
     def _narrowed(self, text: str) -> None:
+        if facts := self.folder.read_facts():  # a resumed run goes on as narrow
+            self.folder.write_facts({**facts, "clients_per_batch": self.session.room.width})
         self.folder.log(text)
         self.display.message(f"note      {text}")
 

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import shutil
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fedloom import tree
-from fedloom.data.batches import Batches, collate
-from fedloom.data.federation import PARTS, Federation, prepare
-from fedloom.data.listing import spread
-from fedloom.data.pair_batches import PairBatches, Pairs, collate_pairs
-from fedloom.data.tokens import pad_id_of
+from fedloom.data.federation import Federation, prepare
+from fedloom.data.pair_batches import Pairs
 from fedloom.errors import RunError, UserError
 from fedloom.models.causal import positions_of
 from fedloom.models.load import Base, load_base
-from fedloom.models.quantised import stored_bytes
 from fedloom.ops.host import tune_host
 from fedloom.ops.names import CONTROL, apart
 from fedloom.rounds import initial_state
 from fedloom.runtimes import Room
-from fedloom.runtimes.cohort import train_block
 from fedloom.runtimes.lead import Lead
-from fedloom.runtimes.room import OUT_OF_MEMORY
 from fedloom.runtimes.team import Team, device_of
 from fedloom.study import checkpoint
 from fedloom.study.arm_tasks import Benchmark, open_benchmarks
@@ -37,25 +27,20 @@ from fedloom.study.build import (
     adapter_of,
     algorithm_of,
     check_start,
-    clients_in_a_pass,
-    message_bytes,
-    population_of,
     started,
     uploads_per_round,
     width_of,
 )
 from fedloom.study.choose import LAST
-from fedloom.study.costs import Flops, peak_memory_bytes, training_flops
+from fedloom.study.costs import Flops, training_flops
 from fedloom.study.folder import temporary_beside
 from fedloom.study.measure import Measures, OnScored, measures, score_of
 from fedloom.study.objections import objections
-from fedloom.study.progress import amount, byte_text, duration
 from fedloom.study.recipe import Recipe
 from fedloom.study.settings import ZEROTH_DEFAULTS
-from fedloom.types import Adapter, Client, Site
+from fedloom.types import Adapter
 
 LOCAL_CLIENTS = 10_000  # each has a model, and each model is tested on the rows of all
-PLANNED_CLIENTS = 1000  # whose batches are looked at for the plan; of more, as many, evenly spread
 SMOKE_CLIENTS, SMOKE_ROWS, SMOKE_STEPS, SMOKE_ITEMS = 2, 8, 2, 2
 
 
@@ -274,201 +259,6 @@ def _check_positions(base: Base, recipe: Recipe, federation: Federation) -> None
             hint=f"data.max_length={positions}",
             code="data.max_length",
         )
-
-
-# ---- the plan --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PlanReport:
-    """What a run will do and cost, found without training. Bytes are exact; memory and time come from a short probe."""
-
-    model: str
-    dtype: str
-    dtype_reason: str
-    device: str
-    threads: int
-    total_parameters: int
-    trainable_parameters: int
-    adapter: str
-    method: str
-    clients: int
-    clients_per_round: int
-    rounds: int
-    steps_per_round: int
-    rows: dict[str, int]
-    tokens: dict[str, int]
-    bytes_up_per_client_round: int
-    bytes_down_per_client_round: int
-    bytes_total: int
-    score: str
-    benchmarks: dict[str, int]
-    arms: list[str]
-    clients_per_batch: int
-    data: str
-    tokens_per_second: float | None
-    train_seconds: float | None
-    peak_memory_bytes: int
-    quantization: str = "none"
-    weight_bytes: int = 0  # of the frozen model, as it lies in memory
-    loss: str = ""  # on pairs, in words; of answers to imitate there is one only
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def _stored(self) -> str:
-        if self.quantization == "none":
-            return ""
-        return f"layers in {self.quantization} ({byte_text(self.weight_bytes)} in all), computed in "
-
-    @property
-    def lines(self) -> list[str]:
-        """For people."""
-        method = f"{self.method}, {self.loss}" if self.loss else self.method
-        share = 100 * self.trainable_parameters / self.total_parameters
-        lines = [
-            f"model     {self.model}, {amount(self.total_parameters)} parameters, {self._stored()}{self.dtype_reason}; "
-            f"{self.device}" + (f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device == "cpu" else ""),
-            f"adapter   {self.adapter}: {amount(self.trainable_parameters)} trainable parameters ({share:.2f} %)",
-            f"data      {self.data}",
-            f"tokens    {amount(self.tokens['train'])} to train on, {amount(self.tokens['train_target'])} with loss; "
-            f"{amount(self.tokens['test'])} to test on; score: {self.score}",
-            f"work      {method}: {self.rounds} rounds x {self.clients_per_round} of {self.clients} clients x "
-            f"{self.steps_per_round} steps; arms: {', '.join(self.arms)}",
-            f"bytes     up {byte_text(self.bytes_up_per_client_round)}, down "
-            f"{byte_text(self.bytes_down_per_client_round)} per client and round; "
-            f"{byte_text(self.bytes_total)} in all",
-        ]
-        if self.benchmarks:
-            items = ", ".join(f"{name} {count:,} items" for name, count in self.benchmarks.items())
-            lines.insert(-2, f"tasks     {items}, put to each arm's model")
-        if self.train_seconds is not None and self.tokens_per_second is not None:
-            lines.append(
-                f"time      about {duration(self.train_seconds)} of training at {amount(self.tokens_per_second)} "
-                f"tokens/s; memory so far {byte_text(self.peak_memory_bytes)}"
-            )
-        return lines
-
-
-def plan(session: Session, *, probe: bool = True) -> PlanReport:
-    """What the session's run will do and cost.
-
-    `probe` times a step with typical batches, after one with the longest row in every place: what does not fit in
-    memory, or has no gradient, fails here and not at night.
-    """
-    recipe, federation, adapter = session.recipe, session.federation, session.adapter
-    algorithm = algorithm_of(recipe)
-    state = initial_state(algorithm, adapter, recipe.seed)
-    population = population_of(federation, recipe, "federated")
-    ids = population.ids
-    shown = [ids[place] for place in spread(len(ids), PLANNED_CLIENTS)]
-    cohort = uploads_per_round(recipe, len(ids))
-    told = () if recipe.runtime.kind == "buffered" else tuple(ids[:cohort])  # nobody is told of others there
-    steps = population.steps_of(federation.sizes("train"))
-    up, down = message_bytes(algorithm, adapter, state, Client(ids[0], ()), told, int(steps.max()))
-    speed = _probe(session) if probe else None
-    report = federation.report
-    seconds = None
-    if speed is not None:
-        per_round = sum(population.batches(client, 0).num_tokens for client in shown) / len(shown) * cohort
-        local = len(ids) / cohort  # the local arm trains everyone in every round
-        arms = sum({"federated": 1.0, "global": 1.0, "local": local}.get(arm, 0.0) for arm in recipe.arms)
-        seconds = per_round * recipe.rounds * arms / speed
-    return PlanReport(
-        model=recipe.model,
-        dtype=str(session.base.dtype).removeprefix("torch."),
-        dtype_reason=session.base.dtype_reason,
-        device=session.base.device.type,
-        threads=session.threads,
-        total_parameters=session.base.num_parameters,
-        trainable_parameters=tree.num_elements(apart(state.params, CONTROL)[1]),
-        adapter=_adapter_said(recipe),
-        method=recipe.method,
-        clients=len(ids),
-        clients_per_round=cohort,
-        rounds=recipe.rounds,
-        steps_per_round=round(float(steps.mean())),
-        rows={part: int(federation.sizes(part).sum()) for part in PARTS},
-        tokens=dict(report.tokens),
-        bytes_up_per_client_round=up,
-        bytes_down_per_client_round=down,
-        bytes_total=(up + down) * cohort * recipe.rounds,
-        score=session.measures().score,
-        benchmarks={one.task.name: one.items for one in session.benchmarks},
-        arms=list(recipe.arms),
-        clients_per_batch=clients_in_a_pass(recipe, session.room) if algorithm.client.cohort_axis else 1,
-        data=report.said,
-        tokens_per_second=speed,
-        train_seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes(),
-        quantization=session.base.quantization,
-        weight_bytes=stored_bytes(session.base.model),
-        loss=f"DPO on pairs ({recipe.dpo.loss_type}, beta {recipe.dpo.beta:g})" if federation.paired else "",
-    )
-
-
-def _adapter_said(recipe: Recipe) -> str:
-    adapter = recipe.adapter
-    if adapter.lora_r is not None:
-        return f"{adapter.kind} r {adapter.lora_r}"
-    if adapter.num_virtual_tokens is not None:
-        return f"{adapter.kind}, {adapter.num_virtual_tokens} virtual tokens"
-    if adapter.kind == "last_layers":
-        more = {"norm": " and the norm", "norm_and_head": ", the norm and the head"}.get(
-            adapter.trainable_extra or "", ""
-        )
-        return f"last_layers, the {adapter.trainable_layers} highest{more}"
-    if adapter.kind == "bottleneck":
-        size = f"size {adapter.bottleneck_size}" if adapter.bottleneck_size else f"1/{adapter.reduction_factor:g}"
-        return f"bottleneck {size} after {(adapter.bottleneck_after or '').replace('_', ' ')}"
-    if adapter.num_seeds is not None:
-        return f"seed_space, every weight of the model by {adapter.num_seeds:,} seeds"
-    return "full, every weight of the model" if adapter.kind == "full" else adapter.kind
-
-
-def _probe(session: Session) -> float:
-    """Tokens per second of one block of clients, after the longest row has been through."""
-    recipe, federation, adapter = session.recipe, session.federation, session.adapter
-    algorithm = algorithm_of(recipe)
-    state = initial_state(algorithm, adapter, recipe.seed)
-    population = population_of(federation, recipe, "federated")
-    width = clients_in_a_pass(recipe, session.room)
-    ids = list(itertools.islice(population.ids, width if algorithm.client.cohort_axis else 1))
-    train = federation.pooled("train")
-    size = recipe.client.per_device_train_batch_size * recipe.client.gradient_accumulation_steps
-    pad_id = pad_id_of(federation.tokenizer)
-    pairs = Pairs(train) if federation.paired else None
-    longest = (train if pairs is None else pairs).lengths
-    place = int(longest.argmax())
-    worst = collate([train[place]] * size, pad_id) if pairs is None else collate_pairs([pairs[place]] * size, pad_id)
-
-    def run(batches: dict[str, Sequence[Any]]) -> float:
-        block = [Client(client, batches[client]) for client in ids]
-        sites = [Site(recipe.seed, 0, client, tuple(ids)) for client in ids]
-        start = time.perf_counter()
-        train_block(algorithm, adapter, state, block, sites)  # a loss that is not finite is round 1's to tell
-        return time.perf_counter() - start
-
-    while True:
-        try:
-            run({client: [worst] for client in ids})
-            break
-        except RunError as error:
-            if error.code != OUT_OF_MEMORY:
-                raise
-            if len(ids) == 1:
-                again = "" if recipe.runtime.gradient_checkpointing else "runtime.gradient_checkpointing=true, or "
-                raise RunError(
-                    f"out of memory with the longest row ({int(longest.max())} tokens) in every place of "
-                    f"{recipe.client.per_device_train_batch_size} rows of one client",
-                    hint=f"{again}lower client.per_device_train_batch_size or data.max_length",
-                    code="run.memory",
-                ) from None
-        session.room.halve(len(ids))
-        ids = ids[: session.room.width]
-    typical: dict[str, Batches | PairBatches] = {client: population.batches(client, 0)[:2] for client in ids}
-    tokens = sum(batches.num_tokens for batches in typical.values())
-    return tokens / max(run(dict(typical)), 1e-6)
 
 
 def try_checkpoint(session: Session, folder: Path) -> None:

@@ -67,7 +67,8 @@ def plan_suite(suite: Suite, *, jobs: int | None = None, probe: bool = True) -> 
 
     Where runs with the same settings are done, their time is taken. What is wrong with one is in its `problem`.
     """
-    from fedloom.study.session import open_session, plan
+    from fedloom.study.plan import plan
+    from fedloom.study.session import open_session
 
     width = jobs or suite.limits.jobs
     threads = max(1, available_cores() // width)

@@ -1,0 +1,300 @@
+"""The passes that a run will make, counted before any is made: their shapes are known, as its batches are.
+
+A step of training is one pass of a block of clients, or several where a batch is worked off in pieces. Where a run has
+so many rounds or clients that counting them all would take long, some rounds stand for the others.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from fedloom.data.batches import Batches, eval_batches, lengths_of
+from fedloom.data.federation import Federation
+from fedloom.data.pair_batches import PairBatches, Pairs, eval_pair_batches
+from fedloom.data.tokens import Examples
+from fedloom.runtimes import Room
+from fedloom.study.build import clients_in_a_pass, global_pieces, population_of, sampling_of
+from fedloom.study.recipe import Recipe
+
+__all__ = ["ArmWork", "Decoding", "Passes", "Step", "arm_work", "decodings", "evaluation_passes", "pieces_of"]
+
+MOST_ROUNDS = 64  # counted one by one; more are stood for by so many, spread evenly
+MOST_SECONDS = 2.0  # of counting an arm, after which the rounds counted so far stand for all
+
+
+class Step(NamedTuple):
+    """One optimiser step of a block: `clients` x `rows` x `tokens` go through the model, `real` of them text."""
+
+    clients: int
+    rows: int  # of each client; pairs where data are pairs
+    tokens: int
+    real: int
+    pieces: int = 1  # passes in which it is worked off
+    round: int = 0
+    ids: tuple[str, ...] = ()  # of the block's active clients
+    place: int = 0  # of their batches
+
+    @property
+    def padded(self) -> int:
+        return self.clients * self.rows * self.tokens
+
+    @property
+    def pass_tokens(self) -> int:
+        """Of its largest pass."""
+        return self.clients * -(-self.rows // self.pieces) * self.tokens
+
+    @property
+    def passes(self) -> int:
+        size = -(-self.rows // self.pieces)
+        return -(-self.rows // size)
+
+
+class Passes(NamedTuple):
+    """So many passes with so many tokens in all, padding counted and not, and the largest one's with padding."""
+
+    number: float = 0.0
+    padded: float = 0.0
+    real: float = 0.0
+    largest: int = 0
+
+    def __add__(self, other: Passes) -> Passes:  # type: ignore[override]
+        return Passes(
+            self.number + other.number,
+            self.padded + other.padded,
+            self.real + other.real,
+            max(self.largest, other.largest),
+        )
+
+    def times(self, factor: float) -> Passes:
+        return Passes(self.number * factor, self.padded * factor, self.real * factor, self.largest)
+
+
+@dataclass(frozen=True)
+class ArmWork:
+    """The training of one arm over all its rounds."""
+
+    steps: Sequence[Step]  # of the rounds that were counted
+    scale: float  # by which they stand for all rounds
+    rounds: int
+    clients: int  # that train in a round
+    models: int  # whose state the arm keeps: 1, or one per client
+    samples_per_round: float  # that one model is trained on
+    blocks_per_round: float
+
+    @property
+    def passes(self) -> Passes:
+        found = Passes()
+        for step in self.steps:
+            found += Passes(step.passes, step.padded, step.real, step.pass_tokens)
+        return found.times(self.scale)
+
+    @property
+    def real_tokens(self) -> float:
+        return self.scale * sum(step.real for step in self.steps)
+
+    @property
+    def largest(self) -> Step:
+        return max(self.steps, key=lambda step: (step.pass_tokens, step.real))
+
+
+def pieces_of(recipe: Recipe, federation: Federation, arm: str, width: int) -> int:
+    """Passes of one optimiser step."""
+    more = global_pieces(recipe, federation, Room(width)) if arm == "global" else 1
+    return recipe.client.gradient_accumulation_steps * more
+
+
+def arm_work(
+    recipe: Recipe,
+    federation: Federation,
+    arm: str,
+    width: int,
+    *,
+    side_by_side: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> ArmWork:
+    """What an arm trains on: every step of every block of at most `width` clients, or of rounds that stand for all.
+
+    `side_by_side`: whether the local work takes several clients at once at all.
+    """
+    population = population_of(federation, recipe, arm)
+    sampling = sampling_of(recipe, arm, len(population.ids))
+    pieces = pieces_of(recipe, federation, arm, width)
+    width = clients_in_a_pass(recipe, Room(width)) if arm != "global" and side_by_side else 1
+    rounds = np.unique(np.linspace(0, recipe.rounds - 1, min(recipe.rounds, MOST_ROUNDS)).astype(int)).tolist()
+    steps: list[Step] = []
+    counted = blocks = clients = 0
+    examples = 0.0
+    began = clock()
+    for round in _outside_in(rounds):
+        ids = sampling.cohort(population.ids, recipe.seed, round)
+        opened = [(client, population.batches(client, round)) for client in ids]
+        opened.sort(key=lambda one: -len(one[1]))
+        for start in range(0, len(opened), width):
+            block = opened[start : start + width]
+            steps += _block_steps(block, pieces, round)
+            blocks += 1
+        counted += 1
+        clients += len(opened)
+        examples += sum(len(places) for _, batches in opened for places in _rows(batches))
+        if clock() - began > MOST_SECONDS:
+            break
+    each = arm == "local"
+    return ArmWork(
+        steps,
+        recipe.rounds / counted,
+        recipe.rounds,
+        round_half_up(clients / counted),
+        len(population.ids) if each else 1,
+        examples / counted / (len(population.ids) if each else 1),
+        blocks / counted,
+    )
+
+
+def round_half_up(value: float) -> int:
+    return max(1, math.floor(value + 0.5))
+
+
+def _outside_in(rounds: Sequence[int]) -> Iterator[int]:
+    """Both ends, the middle, the quarters: whenever it is stopped, what was taken is spread over the whole."""
+    if not rounds:
+        return
+    yield from dict.fromkeys([rounds[0], rounds[-1]])
+    taken = {0, len(rounds) - 1}
+    gap = len(rounds)
+    while gap > 1:
+        gap = -(-gap // 2)
+        for place in range(0, len(rounds), gap):
+            if place not in taken:
+                taken.add(place)
+                yield rounds[place]
+    yield from (rounds[place] for place in range(len(rounds)) if place not in taken)
+
+
+def _rows(batches: Batches | PairBatches) -> Sequence[np.ndarray]:
+    return batches.places if isinstance(batches, PairBatches) else batches.plan
+
+
+def _block_steps(block: Sequence[tuple[str, Batches | PairBatches]], pieces: int, round: int) -> Iterator[Step]:
+    """The block's clients come by falling number of batches, so the active ones are its first ones."""
+    lengths = [lengths_of(batches.examples) for _, batches in block]
+    rows = [_rows(batches) for _, batches in block]
+    for index in range(len(block[0][1])):
+        active = [place for place, one in enumerate(rows) if index < len(one)]
+        own = [lengths[place][block[place][1].plan[index]] for place in active]
+        yield Step(
+            len(active),
+            max(len(rows[place][index]) for place in active),
+            int(max(one.max() for one in own)),
+            int(sum(int(one.sum()) for one in own)),
+            pieces,
+            round,
+            tuple(block[place][0] for place in active),
+            index,
+        )
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluation_passes(
+    recipe: Recipe, federation: Federation, part: str, width: int, *, own_models: bool = False
+) -> Passes:
+    """Passes without a graph over `part` ("validation", "test") of all clients, in blocks of at most `width`.
+
+    `own_models`: every client's model over every client's rows, as the local arm is tested.
+    """
+    size = recipe.evaluate.eval_batch_size
+    shapes = [_eval_shapes(getattr(client, part), size, federation.paired) for client in federation.clients.values()]
+    found = Passes()
+    if own_models:
+        for clients in _blocks(len(shapes), width):
+            for one in shapes:
+                found += _stacked([one] * clients)
+        return found
+    shapes = [one for one in shapes if one or part == "test"]  # without rows there is no validation of a client
+    done = 0
+    for clients in _blocks(len(shapes), width):
+        found += _stacked(shapes[done : done + clients])
+        done += clients
+    return found
+
+
+def _blocks(number: int, width: int) -> Iterator[int]:
+    for start in range(0, number, width):
+        yield min(width, number - start)
+
+
+def _eval_shapes(examples: Examples, size: int, paired: bool) -> list[tuple[int, int, int]]:
+    """(rows, longest, tokens of all rows) of each batch."""
+    if not len(examples):
+        return []
+    if paired:
+        pairs = Pairs(examples)
+        batches = eval_pair_batches(pairs, batch_size=size, pad_id=0)
+        lengths, plan = pairs.lengths, batches.places
+    else:
+        lengths, plan = examples.lengths, eval_batches(examples, batch_size=size, pad_id=0).plan
+    return [(len(places), int(lengths[places].max()), int(lengths[places].sum())) for places in plan]
+
+
+def _stacked(each: Sequence[Sequence[tuple[int, int, int]]]) -> Passes:
+    """Passes in which the clients' batches of the same number go together."""
+    found = Passes()
+    for index in range(max(map(len, each), default=0)):
+        here = [shapes[index] for shapes in each if index < len(shapes)]
+        padded = len(here) * max(rows for rows, _, _ in here) * max(tokens for _, tokens, _ in here)
+        found += Passes(1, padded, sum(real for _, _, real in here), padded)
+    return found
+
+
+class Decoding(NamedTuple):
+    """One batch of answers: so many rows after prompts of at most so many tokens, each at most so long."""
+
+    rows: int
+    prompt: int
+    answer: int  # tokens of the longest answer that the data has, and its end
+
+
+def decodings(
+    recipe: Recipe, federation: Federation, part: str, width: int, *, own_models: bool = False
+) -> list[Decoding]:
+    """The batches in which answers are written to the rows of `part`, as `evaluate.generate` makes them."""
+    limit = recipe.evaluate.limit
+    each = [_prompts(getattr(client, part)[:limit]) for client in federation.clients.values()]
+    found: list[Decoding] = []
+    if own_models:
+        for clients in _blocks(len(each), width):
+            for one in each:
+                found += _decoded([one] * clients, recipe.evaluate.eval_batch_size)
+        return found
+    each = [one for one in each if len(one) or part == "test"]
+    done = 0
+    for clients in _blocks(len(each), width):
+        found += _decoded(each[done : done + clients], recipe.evaluate.eval_batch_size)
+        done += clients
+    return found
+
+
+def _prompts(examples: Examples) -> np.ndarray:
+    """[rows, 2] tokens of prompt and answer, by falling length of the prompt."""
+    answers = examples.tokens.targets[examples.numbers].astype(np.int64)
+    prompts = examples.lengths - answers
+    order = np.argsort(-prompts, kind="stable")
+    return np.stack([prompts[order], answers[order]], axis=1)
+
+
+def _decoded(each: Sequence[np.ndarray], batch_size: int) -> Iterator[Decoding]:
+    most = max(map(len, each), default=0)
+    per_client = max(1, batch_size // max(1, len(each)))
+    for start in range(0, most, per_client):
+        width = min(per_client, most - start)
+        here = [one[start : start + width] for one in each if len(one) > start]
+        prompt = max(int(one[:, 0].max()) for one in here)
+        answer = max(int(one[:, 1].max()) for one in here)
+        yield Decoding(width * len(each), prompt, answer)

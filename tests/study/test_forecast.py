@@ -86,8 +86,8 @@ def test_passes_and_answers_of_evaluation_are_those_that_are_made(own_models, wi
     arm = "local" if own_models else "federated"
     algorithm = algorithm_of(told, arm)
     state = initial_state(algorithm, session.adapter, 1)
+    nll = session.adapter.nll
     made, written = Passes(), []
-    nll, rows_of = session.adapter.nll, generation.generate_rows
 
     def looked(tree_C, batch):
         nonlocal made
@@ -95,19 +95,21 @@ def test_passes_and_answers_of_evaluation_are_those_that_are_made(own_models, wi
         made += Passes(1, c * b * t, 0, c * b * t)
         return nll(tree_C, batch)
 
-    def look(model, prompts, *args, **more):
-        written.append((len(prompts), max(map(len, prompts))))
-        return rows_of(model, prompts, *args, **more)
+    def look(adapter, tree_C, prompts, *given, **more):
+        own = [ids for one in prompts for ids in one]
+        written.append((len(own), sum(map(len, own))))
+        return [[[] for _ in one] for one in prompts]
 
     monkeypatch.setattr(session.adapter, "nll", looked)
-    monkeypatch.setattr(generation, "generate_rows", look)
+    monkeypatch.setattr(generation, "generate", look)
     clients = [Client(owner, ()) for owner in session.owners]
     evaluation = session.measures().common if own_models else session.measures().own
     batched(width).evaluate(algorithm, session.adapter, state, clients, evaluation)
     counted = evaluation_passes(told, session.federation, "test", width, own_models=own_models)
     assert counted._replace(real=0) == made
-    answers = decodings(told, session.federation, "test", width, own_models=own_models)
-    assert sorted((one.rows, one.prompt) for one in answers) == sorted(written)
+    answers = decodings(told, session.federation, "test", width, 5, own_models=own_models)
+    assert sorted((one.rows, one.prompts) for one in answers) == sorted(written)
+    assert all(one.longest <= 5 and one.answers <= 5 * one.rows for one in answers)
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
@@ -163,7 +165,9 @@ def test_the_time_is_the_sum_of_what_is_done_how_often(home, tmp_path):
         checkpoint=Cost(3, 3),
         report=Cost(4, 4),
     )
-    one = casts.EvaluationWork(Passes(5, 1, 1), Passes(6, 1, 1), (), [Decoding(rows=8, prompt=9, answer=4)])
+    one = casts.EvaluationWork(
+        Passes(5, 1, 1), Passes(6, 1, 1), (), [Decoding(rows=8, prompts=9, answers=30, longest=5, slots=4)]
+    )
     works = {"local": work, "federated": work}
     only = casts.forecast(told, works, measured)
     assert only == {"training": pytest.approx((2 * (7 * (2 * 2 + 2 * 8) + 10.5),) * 2)}
@@ -178,7 +182,7 @@ def test_the_time_is_the_sum_of_what_is_done_how_often(home, tmp_path):
     # validated once for all, then after rounds 3, 6 and 7 of two arms; federated is tested twice
     assert casts.validations(told) == 3
     assert parts["evaluation"].cpu == pytest.approx(2 * 5 + 2 * 3 * 2 * 5 + (1 + 1 + 2) * 2 * 6)
-    assert parts["answers"].cpu == pytest.approx(1 * (2 + 0.06 + 1) + 3 * (2 + 0.05 + 1))
+    assert parts["answers"].cpu == pytest.approx((2 * 2 + 0.12 + 1) + 3 * (2 * 2 + 0.08 + 1))
     assert parts["checkpoints"].cpu == 3 * 2 * (1 + len({2, 3, 4, 6, 7}))
     so_far = sum(cost.wall for name, cost in parts.items() if name != "report")
     assert parts["report"].wall == pytest.approx(4 * (1 + 0.25 * (3 + min(14, so_far / 30))))

@@ -17,9 +17,9 @@ from tests.study.tiny_runs import kill_at, outcome, recipe
 from fedloom.study import checkpoint
 from fedloom.study.build import algorithm_of
 from fedloom.study.load import validate_text
+from fedloom.study.plan import plan
 from fedloom.study.recipe import Recipe
 from fedloom.study.run import run_recipe
-from fedloom.study.plan import plan
 from fedloom.study.session import initial_state, open_session
 from fedloom.study.tuned import evaluate_run, export_merged, open_tuned
 

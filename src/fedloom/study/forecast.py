@@ -270,9 +270,9 @@ def answers(decodings: Iterable[Decoding], measured: Measured, most: int, *, tra
     if measured.token is None or measured.evaluation is None:
         return found
     for one in decodings:
-        length = min(most, one.answer + 1 if trained else max(measured.untrained_answer, 1))
-        found += measured.evaluation.of(Passes(1, one.rows * one.prompt, one.rows * one.prompt))
-        found += measured.token.of(Passes(length, one.rows * length, one.rows * length))
+        written = one if trained else one.all_of(min(most, max(measured.untrained_answer, 1)))
+        found += measured.evaluation.of(Passes(one.rows / max(one.slots, 1), one.prompts, one.prompts))
+        found += measured.token.of(Passes(written.steps, written.answers, written.answers))
         found += measured.judge.times(one.rows)
     return found
 

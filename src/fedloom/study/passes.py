@@ -254,47 +254,47 @@ def _stacked(each: Sequence[Sequence[tuple[int, int, int]]]) -> Passes:
 
 
 class Decoding(NamedTuple):
-    """One batch of answers: so many rows after prompts of at most so many tokens, each at most so long."""
+    """Answers that are written in one go: to so many rows, so many at once."""
 
     rows: int
-    prompt: int
-    answer: int  # tokens of the longest answer that the data has, and its end
+    prompts: int  # tokens of all prompts
+    answers: int  # tokens of all answers that the data has, with their ends
+    longest: int  # of them
+    slots: int
+
+    @property
+    def steps(self) -> int:
+        """Tokens one after the other: a slot that is free takes the next row."""
+        return max(self.longest, -(-self.answers // max(1, min(self.slots, self.rows))))
+
+    def all_of(self, tokens: int) -> Decoding:
+        """The same rows with answers of so many tokens each."""
+        return self._replace(answers=tokens * self.rows, longest=tokens)
 
 
 def decodings(
-    recipe: Recipe, federation: Federation, part: str, width: int, *, own_models: bool = False
+    recipe: Recipe, federation: Federation, part: str, width: int, most: int, *, own_models: bool = False
 ) -> list[Decoding]:
-    """The batches in which answers are written to the rows of `part`, as `evaluate.generate` makes them."""
-    limit = recipe.evaluate.limit
-    each = [_prompts(getattr(client, part)[:limit]) for client in federation.clients.values()]
-    found: list[Decoding] = []
+    """What is written to the rows of `part`, block by block: at most `most` tokens each."""
+    limit, slots = recipe.evaluate.limit, recipe.evaluate.eval_batch_size
+    each = [getattr(client, part)[:limit] for client in federation.clients.values()]
     if own_models:
-        for clients in _blocks(len(each), width):
-            for one in each:
-                found += _decoded([one] * clients, recipe.evaluate.eval_batch_size)
-        return found
+        return [
+            _decoding([one] * clients, most, max(slots, clients))
+            for clients in _blocks(len(each), width)
+            for one in each
+        ]
     each = [one for one in each if len(one) or part == "test"]
-    done = 0
-    for clients in _blocks(len(each), width):
-        found += _decoded(each[done : done + clients], recipe.evaluate.eval_batch_size)
+    blocks, done = list(_blocks(len(each), width)), 0
+    found = []
+    for clients in blocks:
+        found.append(_decoding(each[done : done + clients], most, slots))
         done += clients
     return found
 
 
-def _prompts(examples: Examples) -> np.ndarray:
-    """[rows, 2] tokens of prompt and answer, by falling length of the prompt."""
-    answers = examples.tokens.targets[examples.numbers].astype(np.int64)
-    prompts = examples.lengths - answers
-    order = np.argsort(-prompts, kind="stable")
-    return np.stack([prompts[order], answers[order]], axis=1)
-
-
-def _decoded(each: Sequence[np.ndarray], batch_size: int) -> Iterator[Decoding]:
-    most = max(map(len, each), default=0)
-    per_client = max(1, batch_size // max(1, len(each)))
-    for start in range(0, most, per_client):
-        width = min(per_client, most - start)
-        here = [one[start : start + width] for one in each if len(one) > start]
-        prompt = max(int(one[:, 0].max()) for one in here)
-        answer = max(int(one[:, 1].max()) for one in here)
-        yield Decoding(width * len(each), prompt, answer)
+def _decoding(each: Sequence[Examples], most: int, slots: int) -> Decoding:
+    answers = [one.tokens.targets[one.numbers].astype(np.int64) for one in each]
+    prompts = sum(int(one.lengths.sum() - own.sum()) for one, own in zip(each, answers, strict=True))
+    capped = np.minimum(np.concatenate(answers), most) if answers else np.zeros(0, dtype=np.int64)
+    return Decoding(len(capped), prompts, int(capped.sum()), int(capped.max(initial=0)), slots)

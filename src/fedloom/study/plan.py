@@ -228,7 +228,7 @@ class _Planner:
         if whole:
             measured, memory = self._probe_the_rest(measured, memory, most)
             if measured.evaluation is not None:
-                evaluations = self._evaluations(width)
+                evaluations = self._evaluations(width, most)
         equal = self._equal_samples()
         parts = forecast(self.recipe, works, measured, evaluations, equal_samples=equal, most_new_tokens=most)
         real = sum(work.real_tokens for work in works.values())
@@ -260,7 +260,7 @@ class _Planner:
         line, added = self.probe.evaluation(width)
         score = self.session.measures().score
         if line is not None and score != "none":
-            writing = decodings(self.recipe, self.federation, "test", width)
+            writing = decodings(self.recipe, self.federation, "test", width, most)
             token, judge, untrained, written = self.probe.answers(writing, line, most, score)
             measured = replace(measured, token=token, judge=judge, untrained_answer=untrained)
             added = max(added, written)
@@ -273,7 +273,7 @@ class _Planner:
         own = task.max_new_tokens if task is not None else DEFAULT_NEW_TOKENS
         return self.recipe.evaluate.max_new_tokens or own
 
-    def _evaluations(self, width: int) -> dict[str, EvaluationWork]:
+    def _evaluations(self, width: int, most: int) -> dict[str, EvaluationWork]:
         recipe, federation = self.recipe, self.federation
         scored = self.session.measures().score != "none"
         by_score = (recipe.evaluate.best_by or "").startswith("score")
@@ -284,8 +284,8 @@ class _Planner:
             found[arm] = EvaluationWork(
                 evaluation_passes(recipe, federation, "validation", width),
                 evaluation_passes(recipe, federation, "test", width, own_models=own),
-                decodings(recipe, federation, "validation", width) if validated else (),
-                decodings(recipe, federation, "test", width, own_models=own) if scored else (),
+                decodings(recipe, federation, "validation", width, most) if validated else (),
+                decodings(recipe, federation, "test", width, most, own_models=own) if scored else (),
             )
         return found
 

@@ -327,8 +327,7 @@ class Probe:
         """Writing answers: the line of a token by rows, judging one, tokens of the longest answer, bytes added."""
         federation = self.session.federation
         examples = federation.pooled("test")
-        rows = max((one.rows for one in decodings), default=0)
-        rows = min(rows, len(examples))
+        rows = min(max((min(one.slots, one.rows) for one in decodings), default=0), len(examples))
         if not rows:
             return None, Cost(), 0, 0
         number = examples.tokens.targets[examples.numbers]
@@ -355,7 +354,8 @@ class Probe:
             prompt = many * max(map(len, prompts))
             took = took - evaluation.of(Passes(1, prompt, prompt))
             took = Cost(max(took.wall, 1e-6), max(took.cpu, 1e-6))
-            points.append((Passes(steps, many * steps, many * steps), took))
+            all_written = sum(min(tokens, len(answer) + 1) for answer in answers)
+            points.append((Passes(steps, all_written, all_written), took))
             written, length = longest, steps
         added = self.meter.added
         if written >= MOST_PROBED_TOKENS:  # it did not end: then it is taken to write on

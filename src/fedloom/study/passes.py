@@ -50,6 +50,11 @@ class Step(NamedTuple):
         return self.clients * -(-self.rows // self.pieces) * self.tokens
 
     @property
+    def text(self) -> float:
+        """Tokens of one of its passes, padding left out."""
+        return self.real / self.passes
+
+    @property
     def passes(self) -> int:
         size = -(-self.rows // self.pieces)
         return -(-self.rows // size)

@@ -213,6 +213,10 @@ class Probe:
             arms = works(width)
             arm, largest = largest_of(arms)
         most = self.meter.added if measured else needs
+        full_arm, fullest = fullest_of(arms)
+        if measured and fullest.text > 1.05 * largest.text:  # rows without padding may take most there
+            tried(self.passes_of(full_arm, fullest))
+            most = max(most, self.meter.added)
         if len(memory) > 1:
             each, per_token = line_through(memory)
         self.meter.begin()
@@ -459,6 +463,14 @@ def largest_of(arms: Mapping[str, ArmWork]) -> tuple[str, Step]:
     """The arm with the largest pass, and the step it is of."""
     arm = max(arms, key=lambda name: arms[name].largest.pass_tokens)
     return arm, arms[arm].largest
+
+
+def fullest_of(arms: Mapping[str, ArmWork]) -> tuple[str, Step]:
+    """The arm and step of the pass with most text, whatever its padding."""
+
+    best = {name: max(work.steps, key=lambda step: step.text) for name, work in arms.items()}
+    arm = max(best, key=lambda name: best[name].text)
+    return arm, best[arm]
 
 
 def passes_through(batches: Sequence[Batch]) -> Passes:

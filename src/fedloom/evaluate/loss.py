@@ -19,7 +19,16 @@ from fedloom.errors import RunError
 from fedloom.tree import is_shared
 from fedloom.types import Adapter, Batch, Client, Evaluation, Metrics, Tree
 
-__all__ = ["add_metrics", "loss_evaluation", "mean_loss", "passes", "perplexity", "require_finite", "stack_batches"]
+__all__ = [
+    "add_metrics",
+    "loss_evaluation",
+    "mean_loss",
+    "passes",
+    "perplexity",
+    "require_finite",
+    "stack_batches",
+    "together",
+]
 
 IGNORED = -100  # a label that carries no loss
 PASS_TOKENS = 8192  # padded tokens in one pass of a model that all clients have
@@ -56,24 +65,30 @@ def passes(tree_C: Tree, opened: Sequence[Sequence[Batch]]) -> Iterator[tuple[li
     """
     device = next(iter(tree_C.values())).device
     if len(opened) > 1 and is_shared(tree_C):
-        order = [(*_shape(batches, i), c, i) for c, batches in enumerate(opened) for i in range(len(batches))]
-        order.sort(key=lambda one: (-one[0], -one[1], one[2:]))
-        while order:
-            number, longest, (rows, *_) = 0, 0, order[0]
-            for fewer, tokens, *_ in order:
-                size = (number + 1) * rows * max(longest, tokens)
-                if number and (size > PASS_TOKENS or fewer < 0.75 * rows):
-                    break
-                number, longest = number + 1, max(longest, tokens)
-            some, order = order[:number], order[number:]
-            batch_CBT = stack_batches([opened[c][i] for *_, c, i in some], device)
-            shared = {name: leaf[:1].expand(number, *leaf.shape[1:]) for name, leaf in tree_C.items()}
-            yield [c for *_, c, _ in some], shared, batch_CBT
+        for some in together([[_shape(batches, i) for i in range(len(batches))] for batches in opened]):
+            batch_CBT = stack_batches([opened[c][i] for c, i in some], device)
+            shared = {name: leaf[:1].expand(len(some), *leaf.shape[1:]) for name, leaf in tree_C.items()}
+            yield [c for c, _ in some], shared, batch_CBT
         return
     for index in range(max(map(len, opened), default=0)):
         here = [c for c, batches in enumerate(opened) if index < len(batches)]
         mine = tree_C if len(here) == len(opened) else {name: leaf[here] for name, leaf in tree_C.items()}
         yield here, mine, stack_batches([opened[c][index] for c in here], device)
+
+
+def together(shapes: Sequence[Sequence[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
+    """Which batches of one model go together, by the (B, T) of each client's: (client, number of its batch)."""
+    order = [(*shape, c, i) for c, own in enumerate(shapes) for i, shape in enumerate(own)]
+    order.sort(key=lambda one: (-one[0], -one[1], one[2:]))
+    while order:
+        number, longest, (rows, *_) = 0, 0, order[0]
+        for fewer, tokens, *_ in order:
+            size = (number + 1) * rows * max(longest, tokens)
+            if number and (size > PASS_TOKENS or fewer < 0.75 * rows):
+                break
+            number, longest = number + 1, max(longest, tokens)
+        some, order = order[:number], order[number:]
+        yield [(c, i) for _, _, c, i in some]
 
 
 def _shape(batches: Sequence[Batch], index: int) -> tuple[int, int]:

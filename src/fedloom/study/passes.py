@@ -18,7 +18,9 @@ from fedloom.data.batches import Batches, eval_batches, lengths_of
 from fedloom.data.federation import Federation
 from fedloom.data.pair_batches import PairBatches, Pairs, eval_pair_batches
 from fedloom.data.tokens import Examples
+from fedloom.evaluate.loss import together
 from fedloom.runtimes import Room
+from fedloom.runtimes.cohort import TOGETHER
 from fedloom.study.build import clients_in_a_pass, global_pieces, population_of, sampling_of
 from fedloom.study.recipe import Recipe
 
@@ -210,29 +212,19 @@ def _block_steps(block: Sequence[tuple[str, Batches | PairBatches]], pieces: int
 def evaluation_passes(
     recipe: Recipe, federation: Federation, part: str, width: int, *, own_models: bool = False
 ) -> Passes:
-    """Passes without a graph over `part` ("validation", "test") of all clients, in blocks of at most `width`.
+    """Passes without a graph over `part` ("validation", "test") of all clients, with one model.
 
     `own_models`: every client's model over every client's rows, as the local arm is tested.
     """
     size = recipe.evaluate.eval_batch_size
     shapes = [_eval_shapes(getattr(client, part), size, federation.paired) for client in federation.clients.values()]
-    found = Passes()
     if own_models:
-        for clients in _blocks(len(shapes), width):
-            for one in shapes:
-                found += _stacked([one] * clients)
-        return found
+        return _together(shapes).times(len(shapes))
     shapes = [one for one in shapes if one or part == "test"]  # without rows there is no validation of a client
-    done = 0
-    for clients in _blocks(len(shapes), width):
-        found += _stacked(shapes[done : done + clients])
-        done += clients
+    found, at_once = Passes(), max(width, TOGETHER)
+    for start in range(0, len(shapes), at_once):
+        found += _together(shapes[start : start + at_once])
     return found
-
-
-def _blocks(number: int, width: int) -> Iterator[int]:
-    for start in range(0, number, width):
-        yield min(width, number - start)
 
 
 def _eval_shapes(examples: Examples, size: int, paired: bool) -> list[tuple[int, int, int]]:
@@ -248,11 +240,11 @@ def _eval_shapes(examples: Examples, size: int, paired: bool) -> list[tuple[int,
     return [(len(places), int(lengths[places].max()), int(lengths[places].sum())) for places in plan]
 
 
-def _stacked(each: Sequence[Sequence[tuple[int, int, int]]]) -> Passes:
-    """Passes in which the clients' batches of the same number go together."""
+def _together(each: Sequence[Sequence[tuple[int, int, int]]]) -> Passes:
+    """Passes of one model over the clients' batches, as evaluation puts them together."""
     found = Passes()
-    for index in range(max(map(len, each), default=0)):
-        here = [shapes[index] for shapes in each if index < len(shapes)]
+    for some in together([[shape[:2] for shape in shapes] for shapes in each]):
+        here = [each[c][i] for c, i in some]
         padded = len(here) * max(rows for rows, _, _ in here) * max(tokens for _, tokens, _ in here)
         found += Passes(1, padded, sum(real for _, _, real in here), padded)
     return found
@@ -284,18 +276,10 @@ def decodings(
     limit, slots = recipe.evaluate.limit, recipe.evaluate.eval_batch_size
     each = [getattr(client, part)[:limit] for client in federation.clients.values()]
     if own_models:
-        return [
-            _decoding([one] * clients, most, max(slots, clients))
-            for clients in _blocks(len(each), width)
-            for one in each
-        ]
+        return [_decoding(each, most, slots)] * len(each)
     each = [one for one in each if len(one) or part == "test"]
-    blocks, done = list(_blocks(len(each), width)), 0
-    found = []
-    for clients in blocks:
-        found.append(_decoding(each[done : done + clients], most, slots))
-        done += clients
-    return found
+    at_once = max(width, TOGETHER)
+    return [_decoding(each[start : start + at_once], most, slots) for start in range(0, len(each), at_once)]
 
 
 def _decoding(each: Sequence[Examples], most: int, slots: int) -> Decoding:

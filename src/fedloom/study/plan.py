@@ -257,7 +257,8 @@ class _Planner:
 
     def _probe_the_rest(self, measured: Measured, memory: Memory, most: int) -> tuple[Measured, Memory]:
         width = self.session.room.width
-        line, added = self.probe.evaluation(width)
+        tests = evaluation_passes(self.recipe, self.federation, "test", width)
+        line, added = self.probe.evaluation(tests.largest)
         score = self.session.measures().score
         if line is not None and score != "none":
             writing = decodings(self.recipe, self.federation, "test", width, most)

@@ -300,8 +300,12 @@ class Probe:
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
-    def evaluation(self, width: int) -> tuple[Line | None, int]:
-        """Passes without a graph over test rows: the line of their time, and what the largest adds to memory."""
+    def evaluation(self, largest: int) -> tuple[Line | None, int]:
+        """Passes without a graph over test rows: the line of their time, and what the largest adds to memory.
+
+        Args:
+            largest: tokens of the largest pass, padding counted.
+        """
         federation, size = self.session.federation, self.recipe.evaluate.eval_batch_size
         pad_id = pad_id_of(federation.tokenizer)
         longest = max(federation.clients.values(), key=lambda one: int(one.test.lengths.max(initial=0))).test
@@ -314,6 +318,7 @@ class Probe:
         )
         points: list[tuple[Passes, Cost]] = []
         last = batches[len(batches) - 1]
+        width = max(1, round_to(largest / passes_through([last]).padded))
         full = width * passes_through([last]).padded
         self.meter.begin()
         for batch, copies in ((first_rows(last, 1), 1), (batches[0], 1), (last, width)):

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fedloom.data.batches import Batches, eval_batches, lengths_of
-from fedloom.data.federation import Federation
+from fedloom.data.federation import ClientData, Federation
+from fedloom.data.listing import spread
 from fedloom.data.pair_batches import PairBatches, Pairs, eval_pair_batches
 from fedloom.data.tokens import Examples
 from fedloom.evaluate.loss import together
@@ -27,6 +28,7 @@ from fedloom.study.recipe import Recipe
 __all__ = ["ArmWork", "Decoding", "Passes", "Step", "arm_work", "decodings", "evaluation_passes", "pieces_of"]
 
 MOST_ROUNDS = 64  # counted one by one; more are stood for by so many, spread evenly
+MOST_CLIENTS = 1000  # of a round or of an evaluation, as well
 MOST_SECONDS = 2.0  # of counting an arm, after which the rounds counted so far stand for all
 
 
@@ -135,12 +137,13 @@ def arm_work(
     width = clients_in_a_pass(recipe, Room(width)) if arm != "global" and side_by_side else 1
     rounds = np.unique(np.linspace(0, recipe.rounds - 1, min(recipe.rounds, MOST_ROUNDS)).astype(int)).tolist()
     steps: list[Step] = []
-    counted = blocks = clients = 0
+    counted = blocks = clients = everyone = 0
     examples = 0.0
     began = clock()
     for round in _outside_in(rounds):
         ids = sampling.cohort(population.ids, recipe.seed, round)
-        opened = [(client, population.batches(client, round)) for client in ids]
+        some = [ids[place] for place in spread(len(ids), MOST_CLIENTS)]
+        opened = [(client, population.batches(client, round)) for client in some]
         opened.sort(key=lambda one: -len(one[1]))
         for start in range(0, len(opened), width):
             block = opened[start : start + width]
@@ -148,18 +151,19 @@ def arm_work(
             blocks += 1
         counted += 1
         clients += len(opened)
+        everyone += len(ids)
         examples += sum(len(places) for _, batches in opened for places in _rows(batches))
         if clock() - began > MOST_SECONDS:
             break
     each = arm == "local"
     return ArmWork(
         steps,
-        recipe.rounds / counted,
+        recipe.rounds / counted * everyone / clients,
         recipe.rounds,
-        round_half_up(clients / counted),
+        round_half_up(everyone / counted),
         len(population.ids) if each else 1,
-        examples / counted / (len(population.ids) if each else 1),
-        blocks / counted,
+        examples / counted * everyone / clients / (len(population.ids) if each else 1),
+        blocks / counted * everyone / clients,
     )
 
 
@@ -217,14 +221,22 @@ def evaluation_passes(
     `own_models`: every client's model over every client's rows, as the local arm is tested.
     """
     size = recipe.evaluate.eval_batch_size
-    shapes = [_eval_shapes(getattr(client, part), size, federation.paired) for client in federation.clients.values()]
+    clients, factor = some_clients(federation)
+    shapes = [_eval_shapes(getattr(client, part), size, federation.paired) for client in clients]
     if own_models:
-        return _together(shapes).times(len(shapes))
+        return _together(shapes).times(factor * len(federation.clients))
     shapes = [one for one in shapes if one or part == "test"]  # without rows there is no validation of a client
     found, at_once = Passes(), max(width, TOGETHER)
     for start in range(0, len(shapes), at_once):
         found += _together(shapes[start : start + at_once])
-    return found
+    return found.times(factor)
+
+
+def some_clients(federation: Federation) -> tuple[list[ClientData], float]:
+    """All clients, or as many as stand for them, and how many each of these stands for."""
+    ids = federation.ids
+    some = [federation.clients[ids[place]] for place in spread(len(ids), MOST_CLIENTS)]
+    return some, len(ids) / len(some)
 
 
 def _eval_shapes(examples: Examples, size: int, paired: bool) -> list[tuple[int, int, int]]:
@@ -274,12 +286,14 @@ def decodings(
 ) -> list[Decoding]:
     """What is written to the rows of `part`, block by block: at most `most` tokens each."""
     limit, slots = recipe.evaluate.limit, recipe.evaluate.eval_batch_size
-    each = [getattr(client, part)[:limit] for client in federation.clients.values()]
+    clients, factor = some_clients(federation)
+    each = [getattr(client, part)[:limit] for client in clients]
     if own_models:
-        return [_decoding(each, most, slots)] * len(each)
+        return [_decoding(each, most, slots)] * round(factor * len(federation.clients))
     each = [one for one in each if len(one) or part == "test"]
     at_once = max(width, TOGETHER)
-    return [_decoding(each[start : start + at_once], most, slots) for start in range(0, len(each), at_once)]
+    found = [_decoding(each[start : start + at_once], most, slots) for start in range(0, len(each), at_once)]
+    return found * round(factor)
 
 
 def _decoding(each: Sequence[Examples], most: int, slots: int) -> Decoding:

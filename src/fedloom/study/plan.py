@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedloom import tree
+from fedloom.data.federation import PARTS
 from fedloom.ops.host import available_cores
 from fedloom.ops.memory import room_bytes
 from fedloom.ops.names import CONTROL, apart
@@ -145,8 +146,8 @@ def plan(session: Session, *, probe: bool = True, whole: bool = False, limit: in
     ids = population.ids
     cohort = uploads_per_round(recipe, len(ids))
     told = () if recipe.runtime.kind == "buffered" else tuple(ids[:cohort])  # nobody is told of others there
-    steps = [len(population.batches(client, 0)) for client in ids]
-    up, down = message_bytes(algorithm, adapter, state, Client(ids[0], ()), told, max(steps))
+    steps = population.steps_of(federation.sizes("train"))
+    up, down = message_bytes(algorithm, adapter, state, Client(ids[0], ()), told, int(steps.max()))
     report = federation.report
     planner = _Planner(session, limit) if probe and set(recipe.arms) != {"base"} else None
     found = None if planner is None else planner.found(whole)
@@ -163,8 +164,8 @@ def plan(session: Session, *, probe: bool = True, whole: bool = False, limit: in
         clients=len(ids),
         clients_per_round=cohort,
         rounds=recipe.rounds,
-        steps_per_round=round(sum(steps) / len(steps)),
-        rows={part: len(federation.pooled(part)) for part in ("train", "validation", "test")},
+        steps_per_round=round(float(steps.mean())),
+        rows={part: int(federation.sizes(part).sum()) for part in PARTS},
         tokens=dict(report.tokens),
         bytes_up_per_client_round=up,
         bytes_down_per_client_round=down,

@@ -33,7 +33,7 @@ from fedloom.study import checkpoint
 from fedloom.study.build import algorithm_of, population_of, population_weight_of, rank_of
 from fedloom.study.costs import peak_memory_bytes, reset_peak_memory
 from fedloom.study.forecast import Cost, Line, fitted, line_through
-from fedloom.study.passes import ArmWork, Decoding, Passes, Step
+from fedloom.study.passes import ArmWork, Decoding, Passes, Step, some_clients
 from fedloom.tree import flatten, stack
 from fedloom.types import Algorithm, Batch, Client, ClientUpdate, LossFn, Site, State, Tree
 
@@ -308,7 +308,7 @@ class Probe:
         """
         federation, size = self.session.federation, self.recipe.evaluate.eval_batch_size
         pad_id = pad_id_of(federation.tokenizer)
-        longest = max(federation.clients.values(), key=lambda one: int(one.test.lengths.max(initial=0))).test
+        longest = max(some_clients(federation)[0], key=lambda one: int(one.test.lengths.max(initial=0))).test
         if not len(longest):
             return None, 0
         batches: Sequence[Batch] = (
@@ -340,7 +340,7 @@ class Probe:
         if not rows:
             return None, Cost(), 0, 0
         number = examples.tokens.targets[examples.numbers]
-        order = sorted(range(len(examples)), key=lambda place: int(examples.lengths[place] - number[place]))
+        order = (examples.lengths - number).argsort(kind="stable").tolist()
         points: list[tuple[Passes, Cost]] = []
         written = length = 0
         tree_C = stack([self.state.params])

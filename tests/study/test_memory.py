@@ -23,8 +23,8 @@ def smaller(monkeypatch, most_rows):
     """Every model that a session loads has room for so many rows in a pass with a graph."""
     load = sessions.make_base
 
-    def made(recipe):
-        base = load(recipe)
+    def made(*given):
+        base = load(*given)
 
         def look(layer, args):
             if torch.is_grad_enabled() and args[0].shape[0] > most_rows:

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedloom import tree
 from fedloom.data.federation import PARTS
+from fedloom.models.quantised import stored_bytes
 from fedloom.ops.host import available_cores
 from fedloom.ops.memory import room_bytes
 from fedloom.ops.names import CONTROL, apart
@@ -81,6 +82,8 @@ class PlanReport:
     train_seconds: float | None
     peak_memory_bytes: int  # of the run, where it was probed; else what was held so far
     held_bytes: int  # the most that was held until now
+    quantization: str = "none"
+    weight_bytes: int = 0  # of the frozen model, as it lies in memory
     forecast: Forecast | None = None
     notes: tuple[str, ...] = ()
     loss: str = ""  # on pairs, in words; of answers to imitate there is one only
@@ -88,14 +91,19 @@ class PlanReport:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "forecast": None if self.forecast is None else self.forecast.to_json()}
 
+    def _stored(self) -> str:
+        if self.quantization == "none":
+            return ""
+        return f"layers in {self.quantization} ({byte_text(self.weight_bytes)} in all), computed in "
+
     @property
     def lines(self) -> list[str]:
         """For people."""
         method = f"{self.method}, {self.loss}" if self.loss else self.method
         share = 100 * self.trainable_parameters / self.total_parameters
         lines = [
-            f"model     {self.model}, {amount(self.total_parameters)} parameters, {self.dtype_reason}; {self.device}"
-            + (f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device == "cpu" else ""),
+            f"model     {self.model}, {amount(self.total_parameters)} parameters, {self._stored()}{self.dtype_reason}; "
+            f"{self.device}" + (f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device == "cpu" else ""),
             f"adapter   {self.adapter}: {amount(self.trainable_parameters)} trainable parameters ({share:.2f} %)",
             f"data      {self.data}",
             f"tokens    {amount(self.tokens['train'])} to train on, {amount(self.tokens['train_target'])} with loss; "
@@ -179,6 +187,8 @@ def plan(session: Session, *, probe: bool = True, whole: bool = False, limit: in
         train_seconds=None if found is None else found.parts["training"].wall,
         peak_memory_bytes=peak_memory_bytes() if found is None else found.memory.peak,
         held_bytes=peak_memory_bytes() if planner is None else planner.probe.meter.most,
+        quantization=session.base.quantization,
+        weight_bytes=stored_bytes(session.base.model),
         forecast=found,
         notes=() if planner is None else tuple(planner.notes),
         loss=f"DPO on pairs ({recipe.dpo.loss_type}, beta {recipe.dpo.beta:g})" if federation.paired else "",

@@ -11,8 +11,8 @@ from tests.study.tiny_runs import kill_at, outcome, recipe
 
 from fedloom.models import quantised
 from fedloom.models.load import load_base
-from fedloom.study.run import run_recipe
 from fedloom.study.plan import plan
+from fedloom.study.run import run_recipe
 from fedloom.study.session import open_session
 from fedloom.study.tuned import evaluate_run, export_lora, export_merged, open_tuned
 

@@ -45,7 +45,7 @@ def measure(processes: int, rounds: int, batch: int) -> dict[str, Any]:
         "tokens": costs["train_tokens"],
         "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "peak_memory_bytes": costs["peak_memory_bytes"],
-        "loss": result["arms"]["federated"]["common_test"]["loss"],
+        "loss": result["arms"]["federated"]["loss"],
         "load": os.getloadavg()[0],
     }
 

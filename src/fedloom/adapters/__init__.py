@@ -5,6 +5,7 @@ from fedloom.adapters.dora import dora
 from fedloom.adapters.dpo import Dpo, Rewards, dpo
 from fedloom.adapters.full import full
 from fedloom.adapters.ia3 import Ia3, ia3
+from fedloom.adapters.kept_below import with_activation_cache
 from fedloom.adapters.last_layers import last_layers
 from fedloom.adapters.lora import Lora, lora, with_triton
 from fedloom.adapters.p_tuning import PTuning, p_tuning
@@ -35,6 +36,7 @@ __all__ = [
     "prompt_tuning",
     "recomputing",
     "seed_space",
+    "with_activation_cache",
     "with_recompute",
     "with_triton",
 ]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fedloom.adapters.targets import decoder_blocks
+from fedloom.adapters.targets import decoder_blocks, final_norms
 from fedloom.adapters.weights import OwnWeights
 from fedloom.errors import UserError
 
@@ -48,22 +48,10 @@ def last_layers(
         )
     trained = tuple(f"{name}." for name in list(blocks)[-layers:])
     if extra != "none":
-        trained += tuple(f"{name}." for name in _final_norm(model, blocks))
+        trained += tuple(f"{name}." for name in final_norms(model, blocks))
     if extra == "norm_and_head":
         trained += (_head(model),)
     return OwnWeights(model, "last_layers", lambda name: name.startswith(trained), save_tokenizer)
-
-
-def _final_norm(model: nn.Module, blocks: dict[str, nn.Module]) -> list[str]:
-    """Modules beside the stack of blocks that have vectors only; a norm of the embeddings stands before the blocks."""
-    stack = next(iter(blocks)).rpartition(".")[0]
-    before = stack.rpartition(".")[0]
-    found = []
-    for name, module in model.get_submodule(before).named_children():
-        leaves = list(module.parameters())
-        if leaves and all(leaf.ndim == 1 for leaf in leaves) and "embed" not in name:
-            found.append(f"{before}.{name}" if before else name)
-    return found
 
 
 def _head(model: nn.Module) -> str:

@@ -96,6 +96,18 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{stacks[0]}.{name}": block for name, block in stack.named_children()}
 
 
+def final_norms(model: nn.Module, blocks: dict[str, nn.Module]) -> list[str]:
+    """Modules beside the stack of blocks that have vectors only; a norm of the embeddings stands before the blocks."""
+    stack = next(iter(blocks)).rpartition(".")[0]
+    before = stack.rpartition(".")[0]
+    found = []
+    for name, module in model.get_submodule(before).named_children():
+        leaves = list(module.parameters())
+        if leaves and all(leaf.ndim == 1 for leaf in leaves) and "embed" not in name:
+            found.append(f"{before}.{name}" if before else name)
+    return found
+
+
 def find_targets(
     model: nn.Module,
     targets: str | Sequence[str],

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from fedloom.models.frozen import FrozenBlocks
 from fedloom.ops import packing
 from fedloom.ops.packing import Caught, Ints, Layout, pack, pick, pick_of
 
@@ -51,6 +52,12 @@ class Rows:
         self._parameters = sum(p.numel() for block in self._blocks for p in block.parameters())
         self._can_pack: bool | None = None  # None: not tried yet
         self._can_narrow = False
+        self._frozen: FrozenBlocks | None = None
+
+    def keep_below(self, frozen: FrozenBlocks) -> None:
+        """Take the output of the lowest blocks from what was kept of each row."""
+        self._frozen = frozen
+        self._parameters = sum(p.numel() for block in self._blocks[len(frozen.below) :] for p in block.parameters())
 
     def hidden(self, ids_NT: Tensor, row_M: Tensor, position_M: Tensor, clients: int) -> Tensor:
         """Hidden states [M, D] at these positions of rows padded on the right, clients outermost among the rows."""
@@ -59,9 +66,38 @@ class Rows:
             rows, positions = row_M.cpu().numpy(), position_M.cpu().numpy()
             layout = self._layout(ids_NT, rows, positions, clients)
         if layout is None:
-            hidden_NTD: Tensor = self.body(input_ids=ids_NT, use_cache=False)[0]
+            with self._kept_below(None, ids_NT, row_M, position_M):
+                hidden_NTD: Tensor = self.body(input_ids=ids_NT, use_cache=False)[0]
             return hidden_NTD.flatten(0, 1).index_select(0, row_M * ids_NT.shape[1] + position_M)
-        return self._run(layout, rows, positions, len(ids_NT), self.narrows and self._can_narrow)
+        with self._kept_below(layout, ids_NT, row_M, position_M):
+            return self._run(layout, rows, positions, len(ids_NT), self.narrows and self._can_narrow)
+
+    def _kept_below(
+        self, layout: Layout | None, ids_NT: Tensor, row_M: Tensor, position_M: Tensor
+    ) -> contextlib.AbstractContextManager[None]:
+        frozen = self._frozen
+        if frozen is None or not len(row_M):
+            return contextlib.nullcontext()
+        need_N = torch.zeros(len(ids_NT), dtype=torch.int64, device=ids_NT.device)
+        need_N.scatter_reduce_(0, row_M, position_M + 1, "amax")
+        rows = [(n, need) for n, need in enumerate(need_N.tolist()) if need]
+        states = [frozen.states(ids_NT[n, :need]) for n, need in rows]
+
+        def fill(hidden: Tensor) -> Tensor:
+            out = torch.zeros_like(hidden)  # nobody looks at padding
+            if layout is None:
+                for (n, need), states_TD in zip(rows, states, strict=True):
+                    out[n, :need] = states_TD
+                return out
+            per = len(ids_NT) // len(layout.ids_CP)
+            numbers = (layout.sequence_R * per + layout.row_R).tolist()
+            slots = dict(zip(numbers, layout.slot_RT, strict=True))
+            for (n, need), states_TD in zip(rows, states, strict=True):
+                slot_T = slots[n][:need]
+                out[n // per, torch.from_numpy(slot_T).to(out.device)] = states_TD
+            return out
+
+        return frozen.replaced(fill)
 
     def apart(self, labels_CBT: Tensor) -> bool:
         """Whether clients had better go one after the other: what one pass would pad between them costs more."""

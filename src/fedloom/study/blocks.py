@@ -461,6 +461,11 @@ class RuntimeRecipe(Block):
         "are put together block by block while they run: less memory, more traffic, the same numbers. Only with "
         "adapter.kind lora.",
     )
+    activation_cache_gb: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Where only upper layers are trained: keep up to so many GB of what the frozen blocks below make "
+        "of each row, so that a row runs through them once and not in every epoch. `null` keeps nothing.",
+    )
     client_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Share of a round's clients that fail, simulated."
     )

@@ -23,6 +23,7 @@ from fedloom.adapters import (
     prefix_tuning,
     prompt_tuning,
     seed_space,
+    with_activation_cache,
     with_recompute,
     with_triton,
 )
@@ -349,6 +350,8 @@ def adapter_of(base: Base, recipe: Recipe) -> Adapter:
         adapter = with_triton(adapter)
     if recipe.runtime.gradient_checkpointing:
         adapter = with_recompute(adapter)
+    if recipe.runtime.activation_cache_gb is not None:
+        adapter = with_activation_cache(adapter, int(recipe.runtime.activation_cache_gb * 1e9))
     if recipe.data.type == "preference":
         loss = recipe.dpo
         adapter = dpo(

@@ -278,3 +278,19 @@ def test_nothing_below_the_lowest_trained_layer_has_a_graph():
     assert graphs(KINDS["last_layers"](llama())) == [False, False, True]
     assert graphs(lora(llama(), rank=2, targets=["layers.2.self_attn.v_proj"])) == [False, False, True]
     assert full(llama()).model.get_input_embeddings().weight.requires_grad is False
+
+
+@pytest.mark.parametrize("c", [1, 2])
+def test_rows_of_one_length_do_not_see_each_other(c):
+    """End to end they fill the sequence just as padded rows would, and are rows nevertheless."""
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.randint(1, VOCAB, (c, 3, 9), generator=draw)
+    labels = ids.clone()
+    labels[:, :, :2] = -100
+    batch = {"input_ids": ids, "labels": labels, "lengths": torch.full((c, 3), 9), "seed": torch.arange(c)}
+    adapter = lora(llama(), rank=4, alpha=8.0)
+    want_loss, want = gradients(adapter, batch, "padded")
+    for way in ("packed", "shared", "narrowed"):
+        got_loss, got = gradients(adapter, batch, way)
+        assert float((want_loss - got_loss).abs().max()) < 1e-6, way
+        assert gap(want, got) < 1e-6, way  # norms are in float32 inside

@@ -304,7 +304,7 @@ def attend_in_rows(name: str) -> str:
 
 
 def _to_rows(x_CHPE: Tensor, which: Pick, length: int) -> Tensor:
-    if which.same:
+    if which.same and x_CHPE.shape[2] == length:  # as many rows as sequences; equal rows of one are cut apart below
         return x_CHPE
     h, e = x_CHPE.shape[1], x_CHPE.shape[3]
     picked = pick(x_CHPE.transpose(1, 2).reshape(-1, h * e), which)
@@ -312,7 +312,7 @@ def _to_rows(x_CHPE: Tensor, which: Pick, length: int) -> Tensor:
 
 
 def _from_rows(x_RTHE: Tensor, which: Pick, sequences: int) -> Tensor:
-    if which.same:
+    if which.same and len(x_RTHE) == sequences:
         return x_RTHE
     h, e = x_RTHE.shape[2], x_RTHE.shape[3]
     return pick(x_RTHE.reshape(-1, h * e), which).view(sequences, -1, h, e)

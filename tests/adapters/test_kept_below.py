@@ -45,17 +45,21 @@ KINDS = {
 }
 
 
+INEXACT = ("gemma2",)  # its softmax is in float32, too
+
+
 @pytest.mark.parametrize("way", ["padded", "packed"])
 @pytest.mark.parametrize("c", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_whole_pass(kind, c, way):
     plain, kept = KINDS[kind](), with_activation_cache(KINDS[kind](), MUCH)
+    exact = 1e-6 if kind in INEXACT or way == "packed" else 1e-10  # norms are in float32 inside
     plain.causal.rows.way, kept.causal.rows.way = "padded", way
     want_loss, want = gradients(plain, c)
     for _ in range(2):  # with nothing kept, and with all
         got_loss, got = gradients(kept, c)
-        assert float((want_loss - got_loss).abs().max()) < 1e-10
-        assert gap(want, got) < 1e-10
+        assert float((want_loss - got_loss).abs().max()) < exact
+        assert gap(want, got) < exact
     frozen = kept.causal.rows._frozen
     assert frozen.found == frozen.made == 2 * c
     assert frozen.bytes == sum(leaf.numel() * 8 for leaf in frozen._kept.values()) > 0
@@ -93,12 +97,7 @@ def run(cache, rounds=3, start=None):
             return next(one for one in people if one.id == client)
 
     state = start or initial_state(fedavg(), adapter, 0)
-    states = [
-        after
-        for after, _ in federate(
-            fedavg(), adapter, batched(2), state, Population(), rounds=rounds, sampling=lambda ids, seed: list(ids)
-        )
-    ]
+    states = [after for after, _ in federate(fedavg(), adapter, batched(2), state, Population(), rounds=rounds)]
     return states, adapter
 
 

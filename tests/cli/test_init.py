@@ -223,9 +223,8 @@ def test_from_axolotl(fedloom: Callable[..., tuple[int, str, str]], here: Path) 
     assert (recipe.client.optim, recipe.client.learning_rate, recipe.client.weight_decay) == ("adamw", 2e-4, 0.1)
     assert recipe.client.lr_scheduler_type == "cosine"
     dropped = err.partition("dropped ")[2]
+    assert recipe.quantization == "nf4"
     for key in (
-        "load_in_8bit",
-        "load_in_4bit",
         "datasets[2]",
         "output_dir",
         "sample_packing",

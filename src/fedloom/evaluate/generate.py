@@ -143,7 +143,7 @@ def decode(tokenizer: Any, answers: Sequence[Ids]) -> list[str]:
 
 def _binder(adapter: Any, tree_C: Tree) -> Bind:
     """How to put some clients' models on; those of the last two choices are kept, as they take turns."""
-    number = len(next(iter(tree_C.values())))
+    number = len(next(iter(tree_C.values()), (None,)))  # a plain model has no leaves, and is one
     known: dict[tuple[int, ...], Tree] = {}
 
     @contextlib.contextmanager

@@ -177,6 +177,8 @@ def translate(path: Path) -> Translated:
         if special is not None and (made := special(tool, value)) is not None:
             for target, converted in made.items():
                 take(key, value, target, converted)
+            if not made:
+                taken.append((f"{key}: {_short(value)}", "as it is without a word"))
             if isinstance(value, list):
                 dropped += [(f"{key}[{place}]", _short(item), "one data set is taken, the first")
                             for place, item in enumerate(value[1:], 2)]  # fmt: skip

@@ -34,7 +34,7 @@ from fedloom.study.build import algorithm_of, population_of, population_weight_o
 from fedloom.study.costs import peak_memory_bytes, reset_peak_memory
 from fedloom.study.forecast import Cost, Line, fitted, line_through
 from fedloom.study.passes import ArmWork, Decoding, Passes, Step, some_clients
-from fedloom.tree import flatten, stack
+from fedloom.tree import stack
 from fedloom.types import Algorithm, Batch, Client, ClientUpdate, LossFn, Site, State, Tree
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ class Probe:
         broadcast_C = {name: leaf[None] for name, leaf in params.items()}
         personal_C = {name: leaf[None] for name, leaf in self.algorithm.client.personal(params).items()}
         local = self.algorithm.client.init(broadcast_C, personal_C, [Site(self.recipe.seed, 0, "", ("",))])
-        beside = max(0, tree_bytes(flatten(local)) - tree_bytes(params))
+        beside = max(0, bytes_in(local) - tree_bytes(params))
         return 3 * tree_bytes(params) + 2 * beside
 
     @staticmethod
@@ -509,6 +509,15 @@ def byte_text_of(value: int) -> str:
 
 def tree_bytes(tree: Tree) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree.values())
+
+
+def bytes_in(value: Any) -> int:
+    """Of all tensors in a client's local state, whatever else is in it."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(bytes_in(part) for part in value.values())
+    return sum(bytes_in(part) for part in value) if isinstance(value, tuple | list) else 0
 
 
 def personal_bytes(algorithm: Algorithm, state: State) -> int:

@@ -32,6 +32,8 @@ def report(results: dict[str, Any]) -> str:
         "alone. Tokens are those of the text, padding left out. Memory is the most that the process tree held at once.",
         "",
     ]
+    if note := results.get("note"):
+        lines += [note, ""]
     lines += targets(runs)
     for setting in settings_of(runs):
         lines += setting_table([run for run in runs if run["setting"] == setting])

@@ -46,6 +46,7 @@ def main() -> None:
     sides = chosen(given)
     out: Path | None = given.out or (None if given.tiny else HERE)
     results = earlier(out, given)
+    results["note"] = given.note or results["note"]
     pythons = environments_of(sides, given.cache, results)
     with tempfile.TemporaryDirectory(prefix="fedloom-bench-") as scratch:
         for repetition in range(given.reps):
@@ -78,6 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "throughput", help="where peers are installed")
     parser.add_argument("--out", type=Path, help="folder for results.json and RESULTS.md (default: beside the program)")
     parser.add_argument("--again", default="", help="forget what is known of these sides (or all) and run them anew")
+    parser.add_argument("--note", help="what a reader of RESULTS.md must know of how these runs were made")
     parser.add_argument("--page", action="store_true", help="run nothing; write RESULTS.md anew from results.json")
     given = parser.parse_args()
     if given.page:
@@ -100,13 +102,14 @@ def chosen(given: argparse.Namespace) -> list[Side]:
 
 def earlier(out: Path | None, given: argparse.Namespace) -> dict[str, Any]:
     """What an earlier call has measured, less what is asked for again; failures are always tried again."""
-    results: dict[str, Any] = {"machine": machine(), "runs": [], "left_out": {}}
+    results: dict[str, Any] = {"machine": machine(), "runs": [], "left_out": {}, "note": None}
     path = out / "results.json" if out is not None else None
     if path is not None and path.exists() and given.again != "all":
         found = json.loads(path.read_text(encoding="utf-8"))
         again = given.again.split(",")
         results["runs"] = [run for run in found["runs"] if run["side"] not in again and "failed" not in run]
         results["left_out"] = found["left_out"]
+        results["note"] = found.get("note")
         if given.page:
             results["machine"] = found["machine"]
     return results

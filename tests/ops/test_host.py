@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fedloom.errors import UserError
+from fedloom.models.load import hardware_dtype
 from fedloom.ops import host
 
 
@@ -110,6 +111,8 @@ print(peak() - before)
 """
     if not Path("/proc/self/status").exists():
         pytest.skip("this system does not say how much memory a process has held")
+    if hardware_dtype("cpu")[0] != torch.bfloat16:
+        pytest.skip("this processor has no bfloat16 products, and emulating them takes minutes")
 
     def growth(**more: str) -> int:
         found = subprocess.run(

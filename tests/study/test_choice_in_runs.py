@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -341,7 +342,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(home: Pat
         with pytest.raises(UserError, match=words):
             run_recipe(recipe(home, tmp_path / "run", evaluate=evaluate))
         assert not (tmp_path / "run").exists()
-    nobody = SimpleNamespace(clients={"a": SimpleNamespace(validation=())})
+    nobody = SimpleNamespace(sizes=lambda part: np.zeros(1, dtype=np.int64))
     with pytest.raises(UserError, match="nothing to stop by"):
         _chosen_by(recipe(home, tmp_path / "run", evaluate={"early_stopping_patience": 1}), nobody)
 

@@ -90,9 +90,9 @@ def test_other_runtimes_give_the_same_run(plain, home, kind):
     want, got = outcome(plain), outcome(run)
     a = load_file(plain / "adapter" / "adapter_model.safetensors")
     b = load_file(run / "adapter" / "adapter_model.safetensors")
-    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-9
+    # norms are in float32 inside, and how many rows are packed together differs
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-6
     for arm in want["result"]["arms"]:
-        # norms are in float32 inside, and how many rows are packed together differs
         assert want["result"]["arms"][arm]["loss"] == pytest.approx(got["result"]["arms"][arm]["loss"], rel=1e-6)
         for cost in ("bytes_up_per_client_round", "bytes_down_per_client_round", "train_tokens"):
             assert want["result"]["costs_per_arm"][arm][cost] == got["result"]["costs_per_arm"][arm][cost], cost

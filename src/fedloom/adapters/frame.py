@@ -40,11 +40,17 @@ class Frame:
         self._put = bind
         self._on: Hold | None = None
         self.recomputes = False  # see `adapters.recompute`
+        self.offloads = False  # see `adapters.offload`
+        self.leaves: tuple[Tensor, ...] = ()  # of the tree that is on
 
     @contextlib.contextmanager
     def bind(self, tree_C: Tree, seed_C: Tensor | None = None) -> Iterator[None]:
-        with self._binding(self.hold(tree_C, seed_C)):
-            yield
+        self.leaves = tuple(tree_C.values())
+        try:
+            with self._binding(self.hold(tree_C, seed_C)):
+                yield
+        finally:
+            self.leaves = ()
 
     @contextlib.contextmanager
     def _binding(self, hold: Hold) -> Iterator[None]:

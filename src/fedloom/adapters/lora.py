@@ -148,6 +148,8 @@ class Lora(Frame):
         self.ranks, self.dropout, self.bias, self.base_name, self.variant = ranks, dropout, bias, base_name, variant
         self.rank, self.alpha, self.kind = ranks.rank, ranks.alpha, variant.kind
         self.sites = dict(sites)
+        # for good: of a base in parts the weights may wait elsewhere (`runtimes.shards`)
+        self.devices = {name: layer.weight.device for name, layer in self.sites.items()}
         self.biased = find_biases(model, self.sites, bias)
         output = getattr(model, "get_output_embeddings", lambda: None)()
         if any(module is output for module in self.biased.values()):
@@ -174,7 +176,7 @@ class Lora(Frame):
         tree: dict[str, Tensor] = {}
         for name, layer in self.sites.items():
             (d, o), rank = features(layer), self.ranks.at(name)
-            dtype, device = adapter_dtype(layer.weight), layer.weight.device
+            dtype, device = adapter_dtype(layer.weight), self.devices[name]
             draw = generator(seed, 0, "", f"lora_A/{name}")
             bound = 1 / math.sqrt(d)
             a_RD = torch.empty(rank, d, dtype=torch.float64).uniform_(-bound, bound, generator=draw)
@@ -344,7 +346,7 @@ class Lora(Frame):
                 code="adapter.mismatch",
             )
         first = next(iter(self.sites.values()))
-        dtype, device = adapter_dtype(first.weight), first.weight.device
+        dtype, device = adapter_dtype(first.weight), next(iter(self.devices.values()))
         tree = {
             name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): leaf.to(dtype).to(device)  # type: ignore[arg-type]
             for name, leaf in tensors.items()

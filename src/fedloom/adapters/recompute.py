@@ -24,7 +24,7 @@ from fedloom.adapters.targets import decoder_blocks
 from fedloom.errors import UserError
 from fedloom.types import Adapter
 
-__all__ = ["recomputing", "with_recompute"]
+__all__ = ["blocks_as_they_are", "recomputing", "with_recompute"]
 
 
 def with_recompute(adapter: Adapter) -> Adapter:
@@ -54,17 +54,26 @@ def recomputing(adapter: Adapter) -> Iterator[None]:
     Raises:
         UserError: as `with_recompute`.
     """
+    with blocks_as_they_are(adapter):
+        with_recompute(adapter)
+        yield
+
+
+@contextlib.contextmanager
+def blocks_as_they_are(adapter: Adapter) -> Iterator[None]:
+    """Whatever is put around the blocks' forward passes within it is gone after it."""
+    if not isinstance(adapter, Frame):
+        yield
+        return
     kept = {block: vars(block).get("forward") for block in decoder_blocks(adapter.model).values()}
-    before = getattr(adapter, "recomputes", False)
-    with_recompute(adapter)
-    frame: Any = adapter
+    before = adapter.recomputes, adapter.offloads
     try:
         yield
     finally:
-        frame.recomputes = before
+        adapter.recomputes, adapter.offloads = before
         for block, forward in kept.items():
             if forward is None:
-                del block.forward
+                vars(block).pop("forward", None)
             else:
                 block.forward = forward
 

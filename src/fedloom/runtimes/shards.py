@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from fedloom.models.causal import body_of
 from fedloom.runtimes.team import Team
@@ -90,14 +90,16 @@ def _free(leaf: Tensor) -> Tensor:
     return leaf.detach().requires_grad_() if leaf.is_floating_point() else leaf
 
 
-def shard(team: Team, adapter: Adapter, params: Tree, blocks: Iterable[nn.Module]) -> Shards:
+def shard(team: Team, adapter: Adapter, params: Tree, blocks: Iterable[nn.Module], *, offload: bool = False) -> Shards:
     """Keep a part of each block here, and give the rest back; every process must do so at the same point.
 
     Args:
         params: what is trained, before round 1.
+        offload: the part waits in the host's memory, pinned where there is a GPU, and goes there while a block runs.
     """
+    waits = CPUOffloadPolicy(pin_memory=team.device.type == "cuda") if offload else OffloadPolicy()
     for block in blocks:
-        fully_shard(block, mesh=team.mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=team.mesh, reshard_after_forward=True, offload_policy=waits)
     return Shards(team, adapter, params)
 
 

@@ -444,6 +444,12 @@ class RuntimeRecipe(Block):
         description="Keep no activations of the decoder's blocks in training, but run each block again in the backward "
         "pass: much less memory, one more forward pass, the same numbers.",
     )
+    activation_offload: bool = Field(
+        False,
+        description="On a GPU: keep what the backward pass needs of the decoder's blocks in the host's pinned memory, "
+        "copied there and back: less memory of the GPU, more traffic, the same numbers. Not with "
+        "gradient_checkpointing.",
+    )
     lora_kernel: Literal["plain", "triton"] = Field(
         "plain",
         description="What multiplies LoRA's factors: torch's batched products, or Triton's kernels on a CUDA GPU, "
@@ -460,6 +466,11 @@ class RuntimeRecipe(Block):
         description="Each of several processes (`--nproc`, torchrun) holds a part of the frozen blocks' weights, which "
         "are put together block by block while they run: less memory, more traffic, the same numbers. Only with "
         "adapter.kind lora.",
+    )
+    shard_offload: bool = Field(
+        False,
+        description="On GPUs, with shard_base: the parts wait in the host's pinned memory, and a block's are copied to "
+        "the GPUs while it runs (FSDP2's CPU offload).",
     )
     activation_cache_gb: Annotated[float, Field(gt=0)] | None = Field(
         None,

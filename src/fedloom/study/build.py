@@ -24,10 +24,12 @@ from fedloom.adapters import (
     prompt_tuning,
     seed_space,
     with_activation_cache,
+    with_activation_offload,
     with_recompute,
     with_triton,
 )
-from fedloom.adapters import recomputing as recomputing  # noqa: PLC0414  # no other room of the study imports adapters
+from fedloom.adapters import offloading as offloading  # noqa: PLC0414  # no other room of the study imports adapters
+from fedloom.adapters import recomputing as recomputing  # noqa: PLC0414
 from fedloom.adapters import start as starting
 from fedloom.adapters.targets import decoder_blocks
 from fedloom.aggregates import fed_exp, fedex_lora, fednova, flex_lora, flora, het_lora, mean, q_fedavg, scaffold
@@ -350,6 +352,8 @@ def adapter_of(base: Base, recipe: Recipe) -> Adapter:
         adapter = with_triton(adapter)
     if recipe.runtime.gradient_checkpointing:
         adapter = with_recompute(adapter)
+    if recipe.runtime.activation_offload:
+        adapter = with_activation_offload(adapter)
     if recipe.runtime.activation_cache_gb is not None:
         adapter = with_activation_cache(adapter, int(recipe.runtime.activation_cache_gb * 1e9))
     if recipe.data.type == "preference":
@@ -664,7 +668,8 @@ def sharded(team: Team, adapter: Adapter, recipe: Recipe) -> Shards:
             hint="runtime.shard_base=false: a quantised base is small, or load it unquantised",
             code="shards.quantised",
         )
-    return shard(team, adapter, adapter.init(recipe.seed), blocks.values())
+    params = adapter.init(recipe.seed)
+    return shard(team, adapter, params, blocks.values(), offload=recipe.runtime.shard_offload)
 
 
 def evaluation_load_of(federation: Federation) -> Callable[[str, str], float]:

@@ -271,11 +271,22 @@ def _runtime_objections(recipe: Recipe) -> Iterator[Objection]:
             )
     if runtime.shard_base:
         yield from _shard_objections(recipe)
-    if runtime.gradient_checkpointing and recipe.client.kind in ZEROTH_DEFAULTS:
+    elif runtime.shard_offload:
         yield Objection(
-            ("runtime.gradient_checkpointing", "client.kind"),
-            f"true would have no effect: client.kind is {recipe.client.kind}, which has no backward pass and keeps no "
-            "activations",
+            ("runtime.shard_offload", "runtime.shard_base"),
+            "true would have no effect: without shard_base no process holds a part that could wait elsewhere",
+        )
+    for key in ("gradient_checkpointing", "activation_offload"):
+        if getattr(runtime, key) and recipe.client.kind in ZEROTH_DEFAULTS:
+            yield Objection(
+                (f"runtime.{key}", "client.kind"),
+                f"true would have no effect: client.kind is {recipe.client.kind}, which has no backward pass and keeps "
+                "no activations",
+            )
+    if runtime.gradient_checkpointing and runtime.activation_offload:
+        yield Objection(
+            ("runtime.activation_offload", "runtime.gradient_checkpointing"),
+            "true would have no effect: blocks that run again keep no activations: one or the other",
         )
     if runtime.lora_kernel != "plain" and recipe.adapter.kind != "lora":
         yield Objection(

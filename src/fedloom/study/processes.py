@@ -29,7 +29,7 @@ from fedloom import wire
 from fedloom.errors import FedloomError, RunError, UserError
 from fedloom.runtimes.distributed import Work, follow
 from fedloom.runtimes.lead import END, Follower, Lead, Order
-from fedloom.runtimes.team import Over, Team, host, join, launched_by_torchrun, leave, meet, member
+from fedloom.runtimes.team import Over, Team, device_of, host, join, launched_by_torchrun, leave, meet, member
 from fedloom.study.build import algorithm_of, population_of, population_weight_of, sharded
 from fedloom.study.costs import peak_memory_bytes, reset_peak_memory
 from fedloom.study.recipe import Recipe
@@ -53,6 +53,12 @@ def check_processes(recipe: Recipe, size: int) -> None:
         raise UserError(
             "runtime.shard_base gives each of several processes a part of the base, and this is one process",
             hint="fedloom run RECIPE --nproc 2, or runtime.shard_base=false",
+            code="processes.shards",
+        )
+    if recipe.runtime.shard_offload and device_of(None).type == "cpu":
+        raise UserError(
+            "runtime.shard_offload lets parts of the base wait in the host's memory, and without a GPU they are there",
+            hint="runtime.shard_offload=false",
             code="processes.shards",
         )
     kind = recipe.runtime.kind

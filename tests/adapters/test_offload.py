@@ -151,8 +151,9 @@ def test_where_it_makes_no_sense_it_is_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose memory is what is saved")
 def test_on_a_gpu_less_of_its_memory_is_taken_and_gradients_are_the_same():
     def taken(wrap):
+        there = moved(KINDS["lora"](llama(8)), 2)  # drawn on the CPU
+        leaves = {name: leaf.detach().cuda().requires_grad_() for name, leaf in there.items()}
         adapter = wrap(KINDS["lora"](llama(8).to("cuda")))
-        leaves = {name: leaf.detach().cuda().requires_grad_() for name, leaf in moved(adapter, 2).items()}
         batch = {name: leaf.cuda() for name, leaf in cohort_batch(2).items()}
         before = torch.cuda.memory_allocated()
         loss = adapter.loss(leaves, batch).sum()

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tests import zoo
 
+from fedloom.adapters import lora
 from fedloom.adapters.targets import decoder_blocks
 from fedloom.errors import RunError, UserError
 from fedloom.evaluate.generate import Opening
@@ -21,7 +23,7 @@ from fedloom.evaluate.loglikelihood import Continuation
 from fedloom.evaluate.sampling import Sampling
 from fedloom.evaluate.tasks.run import ModelAnswerer
 from fedloom.rounds import initial_state, run_round
-from fedloom.runtimes import Room, sequential, with_dropout, with_ranks
+from fedloom.runtimes import Room, sequential, shards, with_dropout, with_ranks
 from fedloom.runtimes.distributed import adds_leaf_by_leaf, distributed, split
 from fedloom.runtimes.lead import Lead, trees_from, trees_to
 from fedloom.runtimes.shards import local_bytes
@@ -226,10 +228,19 @@ def parted(**more: Any) -> dict[str, Any]:
     return zoo.values_of("fedavg", **zoo.merged({"runtime": {"shard_base": True}}, more))
 
 
-@pytest.mark.parametrize("more", [{}, {"method": "scaffold"}, {"runtime": {"gradient_checkpointing": True}}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"method": "scaffold"},
+        {"runtime": {"gradient_checkpointing": True}},
+        {"runtime": {"shard_offload": True}},  # on a CPU to see that it computes the same: a run refuses it there
+    ],
+    ids=str,
+)
 def test_a_base_in_parts_gives_the_same(more: Mapping[str, Any], lead: Lead) -> None:
     values = {**parted(), **more, "runtime": {"threads": 1, "shard_base": True, **more.get("runtime", {})}}
-    plain = Setting({**values, "runtime": {**values["runtime"], "shard_base": False}}, lead)
+    plain = Setting({**values, "runtime": {**values["runtime"], "shard_base": False, "shard_offload": False}}, lead)
     setting = Setting(values, lead)
     assert lead.shards is not None
     blocks, whole = (
@@ -268,6 +279,60 @@ def test_what_needs_a_whole_base_is_refused() -> None:
         assert reason in (zoo.problem(parted(**more)) or ""), more
     with pytest.raises(UserError, match="this is one process"):
         check_processes(Recipe.model_validate(parted()), 1)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="without a GPU they are there"):
+            check_processes(Recipe.model_validate(parted(runtime={"shard_offload": True})), 2)
+
+
+def test_parts_that_wait_elsewhere_are_asked_of_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(shards, "fully_shard", lambda block, **given: asked.append(given["offload_policy"]))
+    adapter = lora(zoo.new_base().model, rank=2)
+    for device, offload in (("cpu", False), ("cpu", True), ("cuda", True)):
+        team: Any = SimpleNamespace(mesh=None, device=torch.device(device))
+        shards.shard(team, adapter, adapter.init(0), [torch.nn.Linear(2, 2)], offload=offload)
+    assert [getattr(policy, "pin_memory", None) for policy in asked] == [None, False, True]
+
+
+def test_an_adapter_begins_where_its_base_computes_wherever_weights_wait_by_then() -> None:
+    adapter = lora(zoo.new_base().model, rank=2)
+    for layer in adapter.sites.values():
+        layer.weight = torch.nn.Parameter(layer.weight.detach().to("meta"))
+    assert {leaf.device.type for leaf in adapter.init(0).values()} == {"cpu"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, beside which the parts wait")
+def test_parts_wait_in_pinned_memory_beside_a_gpu() -> None:
+    code = """
+import torch
+from tests.adapters.test_recompute import cohort_batch, moved
+from tests.small import gap, llama
+from fedloom.adapters import lora
+from fedloom.adapters import lora
+from fedloom.adapters.targets import decoder_blocks
+from fedloom.runtimes.shards import shard
+from fedloom.runtimes.team import host, leave, meet, member
+store, _ = host(1)
+team = member(store, 0, 1, lambda: None)
+meet(team)
+there = moved(lora(llama(), rank=2), 2)  # drawn on the CPU
+def found(adapter):
+    leaves = {name: leaf.detach().cuda().requires_grad_() for name, leaf in there.items()}
+    batch = {name: leaf.cuda() for name, leaf in cohort_batch(2).items()}
+    loss = adapter.loss(leaves, batch).sum()
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
+want = found(lora(llama().cuda(), rank=2))
+adapter = lora(llama().cuda(), rank=2)
+blocks = list(decoder_blocks(adapter.model).values())
+shard(team, adapter, adapter.init(0), blocks, offload=True)
+got = found(adapter)
+parts = [leaf.to_local() for block in blocks for leaf in block.parameters()]
+assert all(part.device.type == "cpu" and part.is_pinned() for part in parts)
+assert gap(want, got) < 1e-12
+leave()
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True, timeout=300)
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------

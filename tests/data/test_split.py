@@ -104,6 +104,15 @@ def test_further_categories_are_dealt_round_robin() -> None:
     assert lists(groups) == {"c00": [0, 1, 2, 5], "b": [3, 4]}
 
 
+def test_a_key_that_looks_like_a_made_name_keeps_it_and_nobody_else_has_it() -> None:
+    users = ["x", "x", "x", "c00", "c00", "y"]
+    groups, _ = split.by_column(rows_of([None] * 6, user=users), "user", 2)
+    assert lists(groups) == {"c01": [0, 1, 2, 5], "c00": [3, 4]}
+    users = [*"aaabbb", "c00", "c01", "c02", "c03"]
+    groups, _ = split.by_column(rows_of([None] * 10, user=users), "user", 4)
+    assert len(set(groups)) == 4 and partitions(groups, 10), list(groups)
+
+
 def test_more_clients_than_categories_is_an_error_with_the_numbers() -> None:
     with pytest.raises(
         UserError, match=r"split.clients 5, but the data has 2 categories \(a, b\): at most 2"

@@ -130,7 +130,7 @@ def quantity_skew(num_rows: int, clients: int, alpha: float, seed: int, attempt:
 
 def by_key(keys: Keys | Sequence[str], clients: int | None, what: str) -> Held:
     """One client per key, named like it. With fewer clients than keys, keys are dealt round robin, the largest first,
-    and a client that holds one key alone keeps its name.
+    and a client that holds one key alone keeps its name. The others are c00, c01, ..., less the names so kept.
 
     `what` names the keys in messages ("categories", "files", "values of column 'user'").
 
@@ -154,7 +154,10 @@ def by_key(keys: Keys | Sequence[str], clients: int | None, what: str) -> Held:
         )
     codes.sort(key=lambda code: (-sizes[code], keys.names[code]))
     alone = len(codes) - clients  # a client from this place on has one key only
-    names = [keys.names[codes[place]] if place >= alone else name for place, name in enumerate(client_ids(clients))]
+    kept = [keys.names[code] for code in codes[alone:clients]]
+    taken = set(kept)  # a key may be called c00 itself
+    made = [name for name in client_ids(clients) if name not in taken]
+    names = [*made[:alone], *kept]
     return _by_code(keys, codes, np.arange(len(codes)) % clients, names)
 
 

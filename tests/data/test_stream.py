@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from tests.data import plain
 from tests.data.toys import CHATML, Data, Split, tokenizer, write
 
+from fedloom.data import federation as federating
 from fedloom.data import prepare, store, tokens
 from fedloom.data.federation import PARTS
 from fedloom.data.rows import _DropError, _Layout, _normalise, _recognise, read
@@ -138,6 +140,29 @@ def test_what_a_client_holds_is_in_the_digest(tmp_path: Path) -> None:
     assert len({digest(), digest(Split("iid", 3)), digest(seed=1), digest(made="begins"), digest(max_length=4)}) == 5
     federation = prepare(Data(path, val_set_size=0, test_set_size=2), Split("iid", 2), MADE["plain"], 0)
     assert federation.small(1, 2).digest() != federation.digest()
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("few", [False, True])
+def test_the_digest_of_many_clients_is_that_of_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paired: bool, few: bool
+) -> None:
+    monkeypatch.setattr(federating, "DIGESTED", 3)
+    answer = {"rejected": "no"} if paired else {}
+    names = ("prompt", "chosen") if paired else ("prompt", "completion")
+    raw = [{names[0]: f"p{i}", names[1]: f"yes {i}", "who": str(i % 7), **answer} for i in range(30)]
+    data = Data(write(tmp_path / "d.jsonl", raw), val_set_size=3, test_set_size=5)
+    federation = prepare(data, Split("by_column", column="who"), MADE["plain"], 0)
+    if few:
+        federation = federation.small(5, 2)
+    digest = hashlib.sha256()
+    for client in federation.clients.values():
+        digest.update(f"{len(client.id)} {client.id}".encode())
+        for part in PARTS:
+            for side in range(1 + paired):
+                numbers = getattr(client, part).numbers + side
+                digest.update(f"|{len(numbers)}|".encode() + client.train.tokens.digests[numbers].tobytes())
+    assert federation.paired is paired and federation.digest() == digest.hexdigest()
 
 
 def test_a_parquet_file_is_read_a_piece_at_a_time(tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ VALIDATION_SHARE = 0.05
 TEST_SHARE = 0.1
 DEFAULT_CLIENTS = 4
 DEFAULT_SHARDS = 2
+DIGESTED = 10_000  # clients whose digests are in memory at once
+DIGEST_BYTES = 16  # of an example
 
 
 @dataclass(frozen=True)
@@ -197,15 +199,30 @@ class Federation:
     def digest(self) -> str:
         """Of every example and who holds it, in order: equal for the same data, however it came here."""
         digest = hashlib.sha256()
-        for client in self.clients.values():
-            digest.update(f"{len(client.id)} {client.id}".encode())
-            for part in PARTS:
-                examples = getattr(client, part)
-                sides = (examples.numbers, examples.numbers + 1) if self.paired else (examples.numbers,)
-                for numbers in sides:
-                    digest.update(f"|{len(numbers)}|".encode())
-                    digest.update(examples.tokens.digests[numbers].tobytes())
+        ids, tokens = self.ids, self.pooled("train").tokens
+        for first in range(0, len(ids), DIGESTED):  # of a million clients an object each would take half a minute
+            names = ids[first : first + DIGESTED]
+            parts = [
+                (edges, [tokens.digests[numbers + side].tobytes() for side in range(1 + self.paired)])
+                for numbers, edges in (self._stretch(part, first, first + len(names)) for part in PARTS)
+            ]
+            for place, name in enumerate(names):
+                digest.update(f"{len(name)} {name}".encode())
+                for edges, sides in parts:
+                    begin, end = edges[place], edges[place + 1]
+                    for side in sides:
+                        digest.update(f"|{end - begin}|".encode())
+                        digest.update(side[DIGEST_BYTES * begin : DIGEST_BYTES * end])
         return digest.hexdigest()
+
+    def _stretch(self, part: str, first: int, last: int) -> tuple[Numbers, list[int]]:
+        """The examples of some clients one after another, and where each client's begin and end among them."""
+        if isinstance(self.clients, ClientTable):
+            held = self.clients.held[part]
+            edges = held.edges[first : last + 1]
+            return held.numbers[edges[0] : edges[-1]], (edges - edges[0]).tolist()
+        own = [getattr(client, part).numbers for client in itertools.islice(self.clients.values(), first, last)]
+        return np.concatenate(own), [0, *itertools.accumulate(map(len, own))]
 
     def small(self, clients: int, rows: int) -> Federation:
         """The first `clients` clients with at most `rows` examples in each part: what a smoke run works on."""

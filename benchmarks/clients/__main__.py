@@ -47,7 +47,7 @@ def population_table(runs: Runs) -> list[str]:
         "",
         "## Who holds what, and a cohort of 1,000",
         "",
-        "Two rows of 16 tokens a client. `prepare` is the split and the table of clients, without reading and tokenising.",
+        "Two rows of 16 tokens a client. `prepare`: the split and the table of clients, not reading and tokenising.",
         "",
         "| clients | prepare, CPU s | draw the cohort, CPU ms | open a client, CPU µs | bytes a client |",
         "|--:|--:|--:|--:|--:|",
@@ -120,20 +120,21 @@ def whole_tables(runs: Runs) -> list[str]:
         "each), the built-in base, LoRA r 8, a step of 2 rows a client, 1,000 validation and 1,000 test rows over all,",
         "validation after each round. FedSA-LoRA with `personal_state: disk`. Once each, imports counted.",
         "",
-        "| | command | clients | method | cohort | rounds | rows | CPU s | peak MiB | of its own | training, CPU ms a client |",
+        "| run | command | clients | method | cohort | rounds | rows | CPU s | peak MiB | own | CPU ms each |",
         "|---|---|--:|---|--:|--:|---|--:|--:|--:|--:|",
     ]
     for mark, run in zip(MARKS, runs, strict=False):
         each = run.get("train_cpu_seconds_per_client")
+        trained = "" if each is None else f"{each * 1e3:.1f}"
         lines.append(
             f"| {mark} | {run['command']} | {run['clients']:,} | {run['method']} | {run['cohort']:,} | "
             f"{run['rounds']} | {'from the cache' if run['cached'] else 'new'} | {run['cpu_seconds']:.0f} | "
-            f"{run['peak_bytes'] / 2**20:,.0f} | {run['own_peak_bytes'] / 2**20:,.0f} | {'' if each is None else f'{each * 1e3:.1f}'} |"
+            f"{run['peak_bytes'] / 2**20:,.0f} | {run['own_peak_bytes'] / 2**20:,.0f} | {trained} |"
         )
     names = list(dict.fromkeys(name for run in runs for name in run["parts"]))
     lines += [
         "",
-        "The peak is of the resident set; `of its own` leaves out pages of mapped files, which the system may take back.",
+        "The peak is of the resident set; `own` leaves out pages of mapped files, which the system may take back.",
         "CPU seconds by part, and the most memory of its own seen in it (MiB; looked at 50 times a second):",
         "",
         f"| | {' | '.join(MARKS[: len(runs)])} |",

@@ -208,9 +208,9 @@ class Federation:
             ]
             for place, name in enumerate(names):
                 digest.update(f"{len(name)} {name}".encode())
-                for edges, sides in parts:
+                for edges, whole in parts:
                     begin, end = edges[place], edges[place + 1]
-                    for side in sides:
+                    for side in whole:
                         digest.update(f"|{end - begin}|".encode())
                         digest.update(side[DIGEST_BYTES * begin : DIGEST_BYTES * end])
         return digest.hexdigest()

@@ -6,6 +6,8 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 BIN := .venv/bin
 export GPU TORCH_INDEX
+# Set in many containers. Without bytecode every process compiles what it imports anew: three times the start-up.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test check bench install lock clean
 

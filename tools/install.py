@@ -23,6 +23,9 @@ from typing import Any
 OLDEST = (3, 11)
 CUDA_PACKAGE = re.compile(r"^(nvidia|cuda|triton|pytorch-triton)", re.IGNORECASE)
 
+# What a run imports, also where only the core is installed.
+IMPORTS = ("fedloom.study.run", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama")
+
 # Runs in the new environment, whose pip brings the parser of requirements and their conditions.
 APPLICABLE = """
 import json, sys
@@ -114,7 +117,7 @@ class Installer:
 
     def pip(self, *arguments: str) -> None:
         """Run pip in the environment, quiet but for errors."""
-        # Python compiles what is imported when it is; compiling it all is most of an install's time.
+        # Compiling it all is most of an install's time; keep_bytecode compiles what is imported.
         options = ["-qq", "--no-compile", "--disable-pip-version-check"]
         command = [str(self.python), "-m", "pip", "install", *options, *arguments]
         if subprocess.run(command, cwd=self.root, check=False).returncode:
@@ -189,6 +192,17 @@ class Installer:
         say(f"torch {version}, CPU build")
         self.pip(*again, "--no-deps", *self.torch_source(), f"torch=={version}")
 
+    def keep_bytecode(self) -> None:
+        """Import what a run imports, so that its bytecode lies on disk.
+
+        The first run would do it, but not where PYTHONDONTWRITEBYTECODE is set, as in many containers: there every
+        process would compile some 2,900 files anew, which is most of its start-up.
+        """
+        allowed = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        command = [str(self.python), "-c", f"import {', '.join(IMPORTS)}"]
+        if subprocess.run(command, cwd=self.root, env=allowed, check=False).returncode:
+            raise InstallError(f"what was installed cannot be imported: {' '.join(command[:2])} '{command[2]}'")
+
     def run(self) -> None:
         """Bring the environment up to the lock."""
         if self.is_current():
@@ -214,6 +228,7 @@ class Installer:
             # The lock is complete, so nothing but what it names is ever installed.
             self.pip("--no-deps", "--requirement", str(self.lock_path))
             self.pip("--no-deps", "--no-build-isolation", "--editable", ".")
+        self.keep_bytecode()
         stamp = {**self.wanted(), "gpu": self.gpu, "torch_index": self.torch_index, "core": self.core}
         self.stamp.write_text(json.dumps(stamp), encoding="utf-8")
         say(f"installed in {time.monotonic() - started:.0f} s")

@@ -48,6 +48,7 @@ def main() -> None:
     results = earlier(out, given)
     results["note"] = given.note or results["note"]
     pythons = environments_of(sides, given.cache, results)
+    keep_bytecode(sides)
     with tempfile.TemporaryDirectory(prefix="fedloom-bench-") as scratch:
         for repetition in range(given.reps):
             for setting in settings:
@@ -127,6 +128,16 @@ def environments_of(sides: list[Side], cache: Path, results: dict[str, Any]) -> 
                 results["left_out"][side.key] = found
                 print(f"{side.program} cannot be installed and is left out: {found}", file=sys.stderr)
     return pythons
+
+
+def keep_bytecode(sides: list[Side]) -> None:
+    """Import what our own sides import, once, unmeasured; pip has compiled the peers' environments.
+
+    Otherwise the first run of a side pays for compiling some thousands of files.
+    """
+    for program in sorted({side.program for side in sides if not side.peer}):
+        command = [sys.executable, "-c", f"import benchmarks.throughput.{program}"]
+        subprocess.run(command, cwd=ROOT, env=environment(SIDES["a"], ROOT), capture_output=True, check=True)
 
 
 def is_due(side: Side, work: Work, results: dict[str, Any], pythons: dict[str, Path]) -> bool:

@@ -44,7 +44,7 @@ PEERS = {side.program: side.key for side in SIDES.values() if side.peer}
 
 
 def environment(side: Side, out: Path) -> dict[str, str]:
-    """One thread, nothing from a hub, and no peer reports home or asks for updates."""
+    """One thread, nothing from a hub, bytecode kept, and no peer reports home or asks for updates."""
     own = {
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
@@ -62,4 +62,5 @@ def environment(side: Side, out: Path) -> dict[str, str]:
         }
     elif inherited := os.environ.get("PYTHONPATH"):
         own["PYTHONPATH"] = f"{ROOT}{os.pathsep}{inherited}"
-    return {**os.environ, **own}
+    others = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**others, **own}

@@ -158,6 +158,7 @@ class TestWhatIsRemembered:
         installer = self.installer(root, core=True)
         calls = watch_pip(installer, monkeypatch)
         monkeypatch.setattr(installer, "install_torch", lambda: None)
+        monkeypatch.setattr(install, "IMPORTS", ("json",))
         installer.run()
         assert any("--requirement" in call for call in calls) == (not core)
         assert any("--constraint" in call for call in calls) == core
@@ -183,6 +184,28 @@ class TestWhatIsRemembered:
         self.finished(root)
         root.rename(tmp_path / "there")
         assert not self.installer(tmp_path / "there").is_current()
+
+
+class TestBytecode:
+    def test_it_is_kept_where_the_environment_forbids_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "heavy.py").touch()
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+        monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+        monkeypatch.setattr(install, "IMPORTS", ("heavy",))
+        in_this_environment(project(tmp_path / "p"), "").keep_bytecode()
+        assert len(list((tmp_path / "__pycache__").glob("heavy.*.pyc"))) == 1
+
+    def test_what_cannot_be_imported_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(install, "IMPORTS", ("no_such_module",))
+        with pytest.raises(install.InstallError, match="import no_such_module"):
+            in_this_environment(project(tmp_path / "p"), "").keep_bytecode()
+
+    def test_make_lets_python_keep_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+        (tmp_path / "more.mk").write_text("show:\n\t@echo [$$PYTHONDONTWRITEBYTECODE]\n", encoding="utf-8")
+        command = ["make", "-f", str(ROOT / "Makefile"), "-f", str(tmp_path / "more.mk"), "show"]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 class TestMake:

@@ -71,6 +71,20 @@ def test_help_imports_little_besides_the_parser_of_command_lines() -> None:
     assert not slow & set(found)
 
 
+def test_a_run_imports_what_its_model_does_and_pydantic() -> None:
+    """Up to the first step, all that is large is what transformers itself brings for a model and a tokenizer."""
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM;"
+        "AutoModelForCausalLM, AutoTokenizer; before = set(sys.modules); import fedloom.study.run;"
+        "from fedloom.models.load import load_base; load_base('builtin'); print('|', *set(sys.modules) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = [name for name in done.stdout.rpartition("|")[2].split() if name.partition(".")[0] != "fedloom"]
+    small = {*sys.stdlib_module_names, "pydantic", "pydantic_core", "annotated_types", "typing_inspection"}
+    assert sorted(name for name in found if name.partition(".")[0] not in small) == []
+    assert len(found) < 90, sorted(found)
+
+
 def test_help_names_every_command() -> None:
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
     commands = ("run", "demo", "validate", "plan", "preview", "ls", "cp", "cat", "init", "eval", "chat", "generate",

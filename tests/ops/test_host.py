@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,42 @@ def test_float32_products_are_tf32_on_a_gpu_and_only_there(monkeypatch: pytest.M
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert host.tune_host(1).tf32 is there
     assert said == ["high"]
+
+
+class Knot:
+    """Garbage that only the collector finds."""
+
+    def __init__(self) -> None:
+        self.self = self
+
+
+def is_there(knot: weakref.ref[Knot]) -> bool:
+    return knot() is not None
+
+
+def test_nothing_is_collected_while_modules_are_imported() -> None:
+    assert gc.isenabled()
+    with host.imports():
+        assert not gc.isenabled()
+        with host.imports():
+            pass
+        assert not gc.isenabled(), "the inner one must not switch it on"
+    assert gc.isenabled()
+    with pytest.raises(ImportError), host.imports():
+        raise ImportError
+    assert gc.isenabled()
+
+
+def test_what_is_there_is_settled_and_garbage_is_not() -> None:
+    assert gc.get_freeze_count() == 0
+    before = weakref.ref(Knot())
+    with host.settled():
+        assert not is_there(before)
+        assert gc.get_freeze_count() > 100_000, "torch's objects are left alone"
+        inside = weakref.ref(Knot())
+        gc.collect()
+        assert not is_there(inside), "what comes later is collected as ever"
+        with host.settled():
+            pass
+        assert gc.get_freeze_count() > 0, "the inner one must not let them go"
+    assert gc.get_freeze_count() == 0

@@ -185,7 +185,8 @@ def test_the_time_is_the_sum_of_what_is_done_how_often(home, tmp_path):
     assert parts["answers"].cpu == pytest.approx((2 * 2 + 0.12 + 1) + 3 * (2 * 2 + 0.08 + 1))
     assert parts["checkpoints"].cpu == 3 * 2 * (1 + len({2, 3, 4, 6, 7}))
     so_far = sum(cost.wall for name, cost in parts.items() if name != "report")
-    assert parts["report"].wall == pytest.approx(4 * (1 + 0.25 * (3 + min(14, so_far / 30))))
+    assert parts["report"].wall == pytest.approx(4 * (1 + 0.25 * min(14 + 3, int(so_far / 30))))
+    assert so_far > 30
     assert casts.tests_of(told, "federated", work, 8 * 7) == 1 and casts.tests_of(told, "federated", work, 8) == 2
 
 

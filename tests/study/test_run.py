@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from tests.study.tiny_runs import kill_at, outcome, recipe, rows
 
 from fedloom.errors import FedloomError, RunError, UserError
 from fedloom.study import checkpoint
+from fedloom.study import run as runs
 from fedloom.study.progress import Silent
 from fedloom.study.run import run_recipe
 
@@ -61,6 +63,18 @@ def test_the_run_folder_has_what_it_should(plain, home):
     assert "federated" in report
     assert "http://" not in report.replace("http://www.w3.org", "")
     assert sorted(p.name for p in (plain / "checkpoints" / "federated").glob("round_*"))[-1] == "round_00003"
+
+
+def test_a_short_run_draws_its_report_once_and_leaves_what_stays_out_of_collection(home, monkeypatch):
+    frozen: list[int] = []
+    monkeypatch.setattr(runs, "write_report", lambda path: frozen.append(gc.get_freeze_count()))
+    short = {"rounds": 1, "arms": ["base", "federated"]}
+    run_recipe(recipe(home, home / "short", **short))
+    assert len(frozen) == 1 and frozen[0] > 100_000
+    assert gc.get_freeze_count() == 0
+    monkeypatch.setattr(runs, "REPORT_SECONDS", 0.0)
+    run_recipe(recipe(home, home / "long", **short))
+    assert len(frozen) == 1 + 4, "after the base, after the round, after the arm, at the end"
 
 
 def test_the_adapter_folder_is_one_of_peft_with_the_same_logits(plain, home):

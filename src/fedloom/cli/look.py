@@ -73,8 +73,11 @@ def plan(
         suites.show_plan(suite, output, probe=probe)
         return
     loaded = read_words(words, "plan")
-    from fedloom.study.plan import plan as planned
-    from fedloom.study.session import open_session
+    from fedloom.ops.host import imports
+
+    with imports():
+        from fedloom.study.plan import plan as planned
+        from fedloom.study.session import open_session
 
     report = planned(open_session(loaded.recipe), probe=probe, whole=probe, limit=limit)
     if output is OutputFormat.json:

@@ -146,8 +146,11 @@ def _go(
     from rich.console import Console
 
     from fedloom.cli.display import RichDisplay, print_result
+    from fedloom.ops.host import imports
     from fedloom.study.folder import RunFolder
-    from fedloom.study.run import run_recipe
+
+    with imports():
+        from fedloom.study.run import run_recipe
 
     without_data_notes()  # the run says them itself
     with RichDisplay() as display:

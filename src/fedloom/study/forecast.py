@@ -20,7 +20,7 @@ from fedloom.study.recipe import Recipe
 
 __all__ = ["Cost", "Forecast", "Line", "Measured", "Memory", "Suggestion", "fitted", "forecast", "validations"]
 
-REPORT_SECONDS = 30.0  # a run draws its report again after so long, and at the end of each arm
+REPORT_SECONDS = 30.0  # a run draws its report again after so long, and at its end
 FURTHER_REPORT = 0.25  # of the first one's time, which loads what draws the pictures
 
 
@@ -311,6 +311,6 @@ def forecast(
     for cost in parts.values():
         so_far += cost
     rounds = sum(work.rounds for work in works.values())
-    more = len(evaluations) + min(rounds, so_far.wall / REPORT_SECONDS)  # after each arm, at the end, after rounds
+    more = min(rounds + len(evaluations), int(so_far.wall / REPORT_SECONDS))  # after rounds and arms
     parts["report"] = measured.report + measured.report.times(FURTHER_REPORT * more)
     return {"start": measured.start, **parts}

@@ -26,6 +26,7 @@ from fedloom.evaluate.loss import add_metrics, mean_loss, require_finite
 from fedloom.evaluate.preference import preference_figures
 from fedloom.evaluate.scores import mean_score
 from fedloom.evaluate.tasks.run import Answerer, answerer_of
+from fedloom.ops.host import settled
 from fedloom.personal import OnDisk
 from fedloom.rounds import federate, initial_state
 from fedloom.runtimes import batched
@@ -82,7 +83,7 @@ from fedloom.types import Algorithm, Client, Metrics, RoundReport, Runtime, Stat
 
 log = logging.getLogger("fedloom")
 
-REPORT_SECONDS = 30.0  # the report is rewritten at most this often while a run goes on
+REPORT_SECONDS = 30.0  # the report is written at most this often while a run goes on, and at its end
 MAX_BAD_SHARE = 0.0  # of validation tokens whose loss is not finite
 
 
@@ -220,7 +221,7 @@ def _run(recipe: Recipe, source: str, resume: Path | None, smoke: bool, display:
         folder = RunFolder.create(path, resolved_yaml(session.recipe))
     else:
         folder = RunFolder.resume(path)
-    with folder, listening(stop):
+    with folder, listening(stop), settled():
         try:
             runner = _Runner(session, folder, display, stop, source, smoke, start)
             with runner.trackers:
@@ -276,7 +277,7 @@ class _Runner:
         self.recipe = session.recipe
         self.measures: Measures = session.measures()
         self.best_by = session.best_by
-        self.reported = 0.0
+        self.reported = time.monotonic()
         self.own_peaks = False  # whether each arm's peak of memory can be told from the ones before it
         self.left_out: dict[str, dict[str, int]] = {}  # of the last benchmarks
         self.untouched: Mapping[str, Metrics] | None = None  # validation before training: the same in all arms
@@ -312,7 +313,7 @@ class _Runner:
                 self._base()
             else:
                 self._train(arm)
-            self._report(force=True)
+            self._report()
         result = self._finish(arms)
         self.display.end(result)
         return self.folder.path

@@ -60,7 +60,7 @@ def test_gradients_are_those_of_the_whole_pass(kind, c, way):
         got_loss, got = gradients(kept, c)
         assert float((want_loss - got_loss).abs().max()) < exact
         assert gap(want, got) < exact
-    frozen = kept.causal.rows._frozen
+    frozen = kept.causal.rows.frozen
     assert frozen.found == frozen.made == 2 * c
     assert frozen.bytes == sum(leaf.numel() * 8 for leaf in frozen._kept.values()) > 0
 
@@ -105,7 +105,7 @@ def test_results_do_not_hang_on_what_was_kept():
     """In float32, bit for bit: with room for all, for some, and begun anew after a round."""
     all_kept, adapter = run(MUCH)
     some_kept, other = run(6000)
-    assert 0 < other.causal.rows._frozen.bytes <= 6000 < adapter.causal.rows._frozen.bytes
+    assert 0 < other.causal.rows.frozen.bytes <= 6000 < adapter.causal.rows.frozen.bytes
     resumed, _ = run(MUCH, start=all_kept[0])
     for states in (some_kept, [all_kept[0], *resumed]):
         assert all(torch.equal(states[-1].params[name], leaf) for name, leaf in all_kept[-1].params.items())

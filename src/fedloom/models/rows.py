@@ -52,11 +52,11 @@ class Rows:
         self._parameters = sum(p.numel() for block in self._blocks for p in block.parameters())
         self._can_pack: bool | None = None  # None: not tried yet
         self._can_narrow = False
-        self._frozen: FrozenBlocks | None = None
+        self.frozen: FrozenBlocks | None = None
 
     def keep_below(self, frozen: FrozenBlocks) -> None:
         """Take the output of the lowest blocks from what was kept of each row."""
-        self._frozen = frozen
+        self.frozen = frozen
         self._parameters = sum(p.numel() for block in self._blocks[len(frozen.below) :] for p in block.parameters())
 
     def hidden(self, ids_NT: Tensor, row_M: Tensor, position_M: Tensor, clients: int) -> Tensor:
@@ -75,7 +75,7 @@ class Rows:
     def _kept_below(
         self, layout: Layout | None, ids_NT: Tensor, row_M: Tensor, position_M: Tensor
     ) -> contextlib.AbstractContextManager[None]:
-        frozen = self._frozen
+        frozen = self.frozen
         if frozen is None or not len(row_M):
             return contextlib.nullcontext()
         need_N = torch.zeros(len(ids_NT), dtype=torch.int64, device=ids_NT.device)

@@ -53,6 +53,16 @@ def bases(folder: Path) -> dict[str, Base]:
     return {kind: load_base(str(folder), dtype="float32", quantization=kind) for kind in ("none", *KINDS)}
 
 
+@installed
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_a_packed_base_are_told_before_it_is_packed(bases: dict[str, Base], kind: str) -> None:
+    told = quantised.packed_bytes(bases["none"].model, kind)
+    assert told == pytest.approx(quantised.stored_bytes(bases[kind].model), rel=1e-3)
+    assert told < 0.9 * quantised.stored_bytes(bases["none"].model)
+    largest = max(layer.weight.numel() * 4 for layer in bases["none"].model.modules() if isinstance(layer, nn.Linear))
+    assert 0 < quantised.largest_layer_bytes(bases["none"].model) <= largest
+
+
 def read_back(bases: dict[str, Base], kind: str) -> Any:
     """The plain model in float32 whose weights are those of the quantised one."""
     model = copy.deepcopy(bases["none"].model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,12 +15,14 @@ from tests.study.tiny_runs import recipe
 from fedloom.errors import RunError
 from fedloom.evaluate import generate as generation
 from fedloom.evaluate.loss import add_metrics
+from fedloom.models.quantised import largest_layer_bytes, packed_bytes, stored_bytes
 from fedloom.ops import memory
 from fedloom.rounds import federate
 from fedloom.runtimes import batched
 from fedloom.study import forecast as casts
 from fedloom.study import plan as plans
 from fedloom.study import probe as probes
+from fedloom.study import suggest
 from fedloom.study.build import algorithm_of, clients_in_a_pass, global_pieces, population_of, sampling_of
 from fedloom.study.folder import RunFolder
 from fedloom.study.forecast import Cost, Line, Measured, Memory, fitted, line_through
@@ -175,7 +178,7 @@ def test_the_time_is_the_sum_of_what_is_done_how_often(home, tmp_path):
         told,
         works,
         measured,
-        dict.fromkeys(["base", "local", "federated"], one),
+        {arm: [one] for arm in ("base", "local", "federated")},
         equal_samples=40,
         most_new_tokens=6,
     )
@@ -188,6 +191,100 @@ def test_the_time_is_the_sum_of_what_is_done_how_often(home, tmp_path):
     assert parts["report"].wall == pytest.approx(4 * (1 + 0.25 * min(14 + 3, int(so_far / 30))))
     assert so_far > 30
     assert casts.tests_of(told, "federated", work, 8 * 7) == 1 and casts.tests_of(told, "federated", work, 8) == 2
+
+
+def test_processes_share_a_round_and_the_slowest_ends_it(home, tmp_path):
+    told = recipe(home, tmp_path / "run", arms=["federated", "global"], rounds=2, method="fedavg")
+    session = open_session(told, processes=2)
+    one, two = (
+        {arm: arm_work(told, session.federation, arm, 3, processes=number) for arm in told.arms} for number in (1, 2)
+    )
+    assert one["global"].passes == two["global"].passes
+    assert all(len(shares) == 2 and shares[1].clients == 0 for shares in two["global"].shares), "it is one client's"
+    for shares in two["federated"].shares:
+        assert sorted(share.clients for share in shares) == [1, 2]
+    assert two["federated"].real_tokens == one["federated"].real_tokens
+    assert two["federated"].largest.pass_tokens < one["federated"].largest.pass_tokens, "a part is narrower"
+    measured = Measured(Cost(10, 8), Line(Cost(0, 0), Cost(1, 1), real=True), Cost(2, 2), follower=Cost(4, 3))
+    alone, shared = casts.training(one["federated"], measured), casts.training(two["federated"], measured)
+    assert shared.cpu == pytest.approx(alone.cpu) and alone.wall / 2 <= shared.wall < alone.wall
+    slowest = sum(max(s.passes.real + 2 * s.clients for s in shares) for shares in two["federated"].shares)
+    assert shared.wall == pytest.approx(slowest)
+    for own_models in (False, True):
+        whole = evaluation_passes(told, session.federation, "test", 3, own_models=own_models)
+        parts = [
+            evaluation_passes(told, session.federation, "test", 3, own_models=own_models, of=(n, 2)) for n in (0, 1)
+        ]
+        assert all(0 < part.real < whole.real for part in parts)
+        assert sum(part.real for part in parts) == pytest.approx(whole.real)
+    work = casts.EvaluationWork(Passes(1, 0, 0), Passes(3, 0, 0))
+    more = casts.EvaluationWork(Passes(2, 0, 0), Passes(5, 0, 0))
+    measured = Measured(
+        Cost(10, 8), Line(Cost(), Cost()), evaluation=Line(Cost(1, 1), Cost()), follower=Cost(4, 3), report=Cost(1, 1)
+    )
+    parts = casts.forecast(told, two, measured, {"federated": [work, more]}, equal_samples=None)
+    times = casts.validations(told)
+    assert parts["evaluation"] == pytest.approx((2 + 2 * times + 5, 3 + 3 * times + 8))
+    assert parts["start"] == pytest.approx((14, 11))
+    assert Memory(100, 50, report=7, states=3, kept=5).total(3) == 165 + 2 * 155
+
+
+def test_benchmarks_are_counted_as_often_as_they_are_asked(home, tmp_path):
+    told = recipe(home, tmp_path / "run", rounds=7, evaluate={"tasks": ["arc_easy"], "task_rounds": 3})
+    models = {"base": 1, "federated": 1, "local": 4}
+    assert [casts.asked(told, arm, number) for arm, number in models.items()] == [1, 3, 12]
+    once = told.model_copy(update={"evaluate": told.evaluate.model_copy(update={"task_rounds": None})})
+    assert [casts.asked(once, arm, number) for arm, number in models.items()] == [1, 1, 4]
+    measured = Measured(
+        Cost(), Line(Cost(), Cost()), evaluation=Line(Cost(), Cost()), tasks={"arc_easy": Cost(3, 2), "own": Cost(1, 1)}
+    )
+    nothing = casts.EvaluationWork(Passes(), Passes())
+    evaluations = {"local": [nothing] * 2, "federated": [nothing] * 2}
+    parts = casts.forecast(told, {}, measured, evaluations, models={"local": 4})
+    times = 12 + 3 + 1  # and the untrained model, once for all
+    assert parts["tasks"] == pytest.approx((4 * times / 2, 3 * times))
+
+
+def test_rows_run_through_frozen_blocks_once_while_there_is_room():
+    making = Line(Cost(1, 1), Cost(0.5, 0.5))
+    rows = Passes(10, 100, 100)
+    assert casts.KeptRows(rows, 1000, 1.0).takes(making).cpu == 60
+    assert casts.KeptRows(rows, 1000, 0.25).takes(making).cpu == pytest.approx(60 * (1 + 0.75 * 9))
+
+
+def test_benchmarks_and_kept_states_are_probed(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(Probe, "report", lambda self: (Cost(), 0))
+    items = [{"question": f"Which is {n}?", "choices": ["one", "two", "three"], "answer": n % 3} for n in range(30)]
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(item) for item in items))
+    told = recipe(
+        home,
+        tmp_path / "run",
+        arms=["base", "federated"],
+        method="fedavg",
+        adapter={"kind": "last_layers", "trainable_layers": 1},
+        runtime={"activation_cache_gb": 1.0},
+        evaluate={"tasks": ["multiple_choice"], "task_paths": {"multiple_choice": str(tmp_path / "own.jsonl")}},
+    )
+    session = open_session(told)
+    ticks = iter(range(10**6))
+    clock = lambda: Cost(*[float(next(ticks))] * 2)  # noqa: E731
+    probe = Probe(session, None, clock)
+    tasks, _ = probe.tasks()
+    assert list(tasks) == ["multiple_choice"] and tasks["multiple_choice"].cpu > 0
+    asked: list[int] = []
+    monkeypatch.setattr(probes, "run_task", lambda task, answerer, **given: asked.append(len(task.load(None, None))))
+    probe.tasks()
+    assert asked == [1, 4, 16]
+    frozen = probe.frozen
+    made, at_hand = frozen.made, frozen.found
+    trained = probe.training(lambda width: {"federated": arm_work(told, session.federation, "federated", width)})
+    assert frozen.made > made and trained.measured
+    assert frozen.found - at_hand >= frozen.made - made, "the passes that are timed have their rows at hand"
+    found = plan(session, whole=True)
+    assert {"frozen blocks", "tasks"} <= found.forecast.parts.keys()
+    lengths = {part: session.federation.pooled(part).lengths.sum() for part in ("train", "validation", "test")}
+    wanted = sum(lengths.values()) * probe.bytes_of_a_state()
+    assert 0 < found.forecast.memory.kept + frozen.bytes <= 1.5 * wanted
 
 
 # ---- memory and width ------------------------------------------------------------------------------------------------
@@ -267,6 +364,49 @@ def test_what_does_not_fit_is_not_made_and_ways_out_are_named(home, tmp_path, re
         "client.gradient_accumulation_steps=2",
         "runtime.clients_per_batch=1",
     )
+
+
+def test_a_smaller_base_is_a_way_out_where_it_can_be_loaded(home, tmp_path, reckoned, monkeypatch):
+    own = {"arms": ["federated"], "dtype": "float32", "method": "fedavg", "runtime": {"clients_per_batch": 3}}
+    session = open_session(recipe(home, tmp_path / "run", **own))
+    monkeypatch.setattr(suggest, "check_installed", lambda kind: None)
+    monkeypatch.setattr(Probe, "_resident", lambda self: 10_000 + stored_bytes(session.base.model))
+    peak = plan(session).forecast.memory.peak
+    model = session.base.model
+    saved = {kind: stored_bytes(model) - packed_bytes(model, kind) for kind in ("int8", "nf4")}
+    assert 0 < saved["int8"] < saved["nf4"]
+    found = plan(session, limit=peak - 1).forecast
+    ways = {one.overrides[0]: one for one in found.suggestions}
+    for kind, less in saved.items():
+        assert ways[f"quantization={kind}"].peak_bytes <= peak - less + largest_layer_bytes(session.base.model)
+    monkeypatch.setattr(suggest, "check_installed", lambda kind: (_ for _ in ()).throw(RunError("not here")))
+    assert not any("quantization" in one.overrides[0] for one in plan(session, limit=peak - 1).forecast.suggestions)
+    monkeypatch.setattr(suggest, "check_installed", lambda kind: None)
+    moved = open_session(recipe(home, tmp_path / "run", **own, adapter={"kind": "full"}))
+    assert not any("quantization" in one.overrides[0] for one in plan(moved, limit=1).forecast.suggestions)
+
+
+def test_on_a_gpu_activations_may_wait_elsewhere(home, tmp_path, reckoned, monkeypatch):
+    three = {"clients_per_batch": 3}
+    session = open_session(recipe(home, tmp_path / "run", arms=["federated"], method="fedavg", runtime=three))
+    peak = plan(session).forecast.memory.peak
+    tried = []
+
+    @contextlib.contextmanager
+    def offloading(adapter):
+        tried.append(adapter)
+        yield
+
+    def ways():
+        return [one.overrides[0] for one in plan(session, limit=peak - 1).forecast.suggestions]
+
+    monkeypatch.setattr(suggest, "offloading", offloading)
+    monkeypatch.setattr(suggest, "bytes_on", lambda *given: 0)
+    assert "runtime.gradient_checkpointing=true" in ways() and not tried
+    monkeypatch.setattr(type(session.base), "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(plans, "available_cores", lambda: 1)
+    monkeypatch.setattr(suggest, "recomputing", offloading)
+    assert "runtime.activation_offload=true" in ways() and tried
 
 
 def test_the_fastest_width_is_tried_kept_and_resumed(home, tmp_path, reckoned, monkeypatch):

@@ -62,6 +62,10 @@ def plan(
         str | None,
         typer.Option(metavar="SIZE", show_default=False, help="What it may take, as 8GB; default: what there is."),
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", min=1, metavar="N", show_default=False, help="For a run of N processes on this host."),
+    ] = None,
     output: FormatOption = OutputFormat.text,
 ) -> None:
     """What a run would cost: parameters, tokens, bytes, memory, time."""
@@ -70,6 +74,8 @@ def plan(
     if suite is not None:
         from fedloom.cli import suites
 
+        if nproc is not None:
+            raise UserError(f"--nproc {nproc}, but a suite's runs have one process each", "leave it out", "cli.option")
         suites.show_plan(suite, output, probe=probe)
         return
     loaded = read_words(words, "plan")
@@ -77,15 +83,20 @@ def plan(
 
     with imports():
         from fedloom.study.plan import plan as planned
+        from fedloom.study.processes import check_processes
         from fedloom.study.session import open_session
 
-    report = planned(open_session(loaded.recipe), probe=probe, whole=probe, limit=limit)
+    if nproc is not None:
+        check_processes(loaded.recipe, nproc)
+    number = nproc or 1
+    session = open_session(loaded.recipe, processes=number)
+    report = planned(session, probe=probe, whole=probe, limit=limit, processes=number)
     if output is OutputFormat.json:
         print_data(report.to_json())
         return
     for line in report.lines:
         out(line)
-    say(f"next: fedloom run {loaded.source}")
+    say(f"next: fedloom run {loaded.source}" + (f" --nproc {nproc}" if nproc is not None else ""))
 
 
 def _bytes_of(text: str) -> int:

@@ -56,7 +56,7 @@ class FrozenBlocks:
             self.found += 1
             return kept.to(row_T.device)
         self.made += 1
-        states_TD = self._run(row_T)
+        states_TD = self.make(row_T)
         size = states_TD.numel() * states_TD.element_size()
         if self.bytes + size <= self.budget_bytes:
             self._kept[key] = states_TD.cpu()
@@ -86,7 +86,8 @@ class FrozenBlocks:
                     block.forward = forward
 
     @torch.no_grad()
-    def _run(self, row_T: Tensor) -> Tensor:
+    def make(self, row_T: Tensor) -> Tensor:
+        """[T, D]: the row through the blocks, whatever is kept."""
         caught: list[Tensor] = []
 
         def catch(hidden_NTD: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class FrozenBlocks:
         finally:
             handle.remove()
         try:
-            states = torch.stack([self._run(row_T) for row_T in ids_NT])
+            states = torch.stack([self.make(row_T) for row_T in ids_NT])
             with self.replaced(lambda hidden: states):
                 got = model(input_ids=ids_NT, use_cache=False)[0].double()
             gap = float((got - want).abs().max())

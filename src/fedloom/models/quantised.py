@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,8 +30,10 @@ __all__ = [
     "KINDS",
     "check_installed",
     "dequantised",
+    "largest_layer_bytes",
     "num_parameters",
     "num_weights",
+    "packed_bytes",
     "pinned_forward",
     "settings_of",
     "stored_bytes",
@@ -122,6 +125,30 @@ def stored_bytes(model: nn.Module) -> int:
         elif is_int8(layer):
             total += holder.state.SCB.numel() * holder.state.SCB.element_size()
     return total
+
+
+def packed_bytes(model: nn.Module, kind: str) -> int:
+    """`stored_bytes` of a plain model, were it loaded in `kind`."""
+    total = stored_bytes(model)
+    for layer in _packable(model):
+        count = layer.weight.numel()
+        if kind == "int8":
+            packed = count + 4 * layer.out_features
+        else:
+            blocks = -(-count // 64)  # a scale for each, in 8 bits; a float32 for 256 of these, and their offset
+            packed = -(-count // 2) + blocks + 4 * -(-blocks // 256) + 4
+        total += packed - count * layer.weight.element_size()
+    return total
+
+
+def largest_layer_bytes(model: nn.Module) -> int:
+    """Of the largest layer that `packed_bytes` packs: read back, it lies beside the packed ones while it is used."""
+    return max((one.weight.numel() * one.weight.element_size() for one in _packable(model)), default=0)
+
+
+def _packable(model: nn.Module) -> Iterator[nn.Linear]:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    yield from (layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head)
 
 
 @torch.no_grad()

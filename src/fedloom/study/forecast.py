@@ -11,14 +11,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from fedloom.study.passes import ArmWork, Decoding, Passes
 from fedloom.study.progress import byte_text, duration
 from fedloom.study.recipe import Recipe
 
-__all__ = ["Cost", "Forecast", "Line", "Measured", "Memory", "Suggestion", "fitted", "forecast", "validations"]
+__all__ = [
+    "Cost",
+    "Forecast",
+    "KeptRows",
+    "Line",
+    "Measured",
+    "Memory",
+    "Suggestion",
+    "fitted",
+    "forecast",
+    "training",
+    "validations",
+]
 
 REPORT_SECONDS = 30.0  # a run draws its report again after so long, and at its end
 FURTHER_REPORT = 0.25  # of the first one's time, which loads what draws the pictures
@@ -41,6 +53,12 @@ class Cost(NamedTuple):
 
 
 NOTHING = Cost()
+
+
+def at_once(costs: Iterable[Cost]) -> Cost:
+    """Of processes that work at the same time: the slowest one's wall, all of their work."""
+    each = list(costs)
+    return Cost(max((cost.wall for cost in each), default=0.0), math.fsum(cost.cpu for cost in each))
 
 
 @dataclass(frozen=True)
@@ -108,11 +126,18 @@ class Memory:
     states: int = 0  # models and optimisers that clients keep, beside those in the pass
     report: int = 0  # what drawing the report loads
     loading: int = 0  # the peak until the first pass, all in all
+    kept: int = 0  # what frozen blocks make of rows, in the host's memory (runtime.activation_cache_gb)
     measured: bool = True  # whether the largest pass was made; else it is on a line through smaller ones
 
     @property
     def peak(self) -> int:
-        return max(self.loading, self.resident + self.report + self.states + max(self.training, self.evaluation))
+        beside = self.report + self.states + self.kept
+        return max(self.loading, self.resident + beside + max(self.training, self.evaluation))
+
+    def total(self, processes: int) -> int:
+        """Of so many processes, of which the first one draws the report and keeps what clients keep."""
+        other = replace(self, report=0, states=0)
+        return self.peak + (processes - 1) * other.peak
 
     @property
     def dominant(self) -> str:
@@ -122,6 +147,7 @@ class Memory:
             "a pass of training": self.training,
             "evaluation": self.evaluation if self.evaluation > self.training else 0,
             "what clients keep": self.states,
+            "kept states of frozen blocks": self.kept,
         }
         return max(parts, key=lambda name: parts[name])
 
@@ -133,6 +159,7 @@ class Memory:
             "evaluation_bytes": self.evaluation,
             "states_bytes": self.states,
             "report_bytes": self.report,
+            "kept_bytes": self.kept,
             "loading_bytes": self.loading,
             "measured": self.measured,
             "dominant": self.dominant,
@@ -160,6 +187,9 @@ class Measured:
     untrained_answer: int = 0  # tokens that the model writes before it is trained, in the longest row of a batch
     checkpoint: Cost = NOTHING
     report: Cost = NOTHING  # the first
+    follower: Cost = NOTHING  # a process's start until it has its model and data
+    tasks: Mapping[str, Cost] = field(default_factory=dict)  # each benchmark, put to one model
+    making: Line | None = None  # what frozen blocks make of a row, where that is kept
 
 
 @dataclass(frozen=True)
@@ -191,11 +221,12 @@ class Forecast:
     """What a run will take at most of memory, and of time in all."""
 
     memory: Memory
-    limit: int | None  # bytes there are for this process; None where nobody says
+    limit: int | None  # bytes there are for each process; None where nobody says
     parts: Mapping[str, Cost] = field(default_factory=dict)  # of the time; "training" alone where little was probed
     whole: bool = True  # whether all parts are in `parts`
     suggestions: tuple[Suggestion, ...] = ()
     advice: tuple[str, ...] = ()
+    processes: int = 1
 
     @property
     def time(self) -> Cost:
@@ -212,6 +243,8 @@ class Forecast:
         return {
             "memory": self.memory.to_json(),
             "limit_bytes": self.limit,
+            "processes": self.processes,
+            "total_bytes": self.memory.total(self.processes),
             "seconds": self.time.wall if self.whole else None,
             "cpu_seconds": self.time.cpu if self.whole else None,
             "parts": {name: {"seconds": cost.wall, "cpu_seconds": cost.cpu} for name, cost in self.parts.items()},
@@ -223,8 +256,11 @@ class Forecast:
     def memory_line(self) -> str:
         there = "" if self.limit is None else f" of {byte_text(self.limit)}"
         how = "" if self.memory.measured else ", reckoned from smaller passes"
-        return f"about {byte_text(self.memory.peak)}{there} at most, the largest part {self.memory.dominant}{how}" + (
-            ": more than there is" if self.too_much else ""
+        whole = byte_text(self.memory.total(self.processes))
+        each = f" in each of {self.processes} processes, {whole} in all" if self.processes > 1 else ""
+        return (
+            f"about {byte_text(self.memory.peak)}{there} at most{each}, the largest part {self.memory.dominant}{how}"
+            + (": more than there is" if self.too_much else "")
         )
 
     @property
@@ -277,40 +313,94 @@ def answers(decodings: Iterable[Decoding], measured: Measured, most: int, *, tra
     return found
 
 
+def training(work: ArmWork, measured: Measured) -> Cost:
+    """All rounds of an arm; of a round that several processes share, the slowest one's wall."""
+    whole = measured.step.of(work.passes) + measured.per_client_round.times(work.clients * work.rounds)
+    if not work.shares:
+        return whole
+    rounds = [
+        at_once(measured.step.of(one.passes) + measured.per_client_round.times(one.clients) for one in shares)
+        for shares in work.shares
+    ]
+    return Cost(work.scale * math.fsum(cost.wall for cost in rounds), whole.cpu)
+
+
+def asked(recipe: Recipe, arm: str, models: int) -> int:
+    """How often each benchmark is put to a model of the arm's, `models` of which it has once trained."""
+    if arm == "base":
+        return 1
+    every = recipe.evaluate.task_rounds
+    return models * (1 if every is None else len({*range(every, recipe.rounds + 1, every), recipe.rounds}))
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Rows whose states below what is trained are kept (runtime.activation_cache_gb)."""
+
+    distinct: Passes  # each row as a pass of its own
+    visits: float  # tokens of all passes that need them
+    share: float  # of the distinct rows, those that there is room for
+
+    def takes(self, making: Line) -> Cost:
+        """Each row runs through the frozen blocks once, and again in every pass where there was no room for it."""
+        again = (1 - self.share) * max(0.0, self.visits - self.distinct.real) / max(self.distinct.real, 1.0)
+        return making.of(self.distinct).times(1 + again)
+
+
 def forecast(
     recipe: Recipe,
     works: Mapping[str, ArmWork],
     measured: Measured,
-    evaluations: Mapping[str, EvaluationWork] | None = None,
+    evaluations: Mapping[str, Sequence[EvaluationWork]] | None = None,
     *,
     equal_samples: int | None = None,
     most_new_tokens: int = 0,
+    models: Mapping[str, int] | None = None,
+    kept: KeptRows | None = None,
 ) -> dict[str, Cost]:
-    """Time by part. `works` has the arms that train, `evaluations` every arm; without these only training is summed."""
-    parts = {"training": Cost()}
-    for work in works.values():
-        parts["training"] += measured.step.of(work.passes)
-        parts["training"] += measured.per_client_round.times(work.clients * work.rounds)
+    """Time by part. Without `evaluations` only training is summed.
+
+    Args:
+        works: of the arms that train.
+        evaluations: of every arm, the work of each process that shares it.
+        models: that each arm asks its benchmarks of, where it is not one.
+        kept: rows that go through frozen blocks once.
+    """
+    parts = {"training": sum((training(work, measured) for work in works.values()), Cost())}
     if evaluations is None or measured.evaluation is None:
         return parts
-    evaluated = written = Cost()
+    line, processes = measured.evaluation, len(next(iter(evaluations.values())))
+
+    def written_by(each: Sequence[EvaluationWork], part: str, *, trained: bool) -> Cost:
+        return at_once(answers(getattr(one, part), measured, most_new_tokens, trained=trained) for one in each)
+
     first = next(iter(evaluations.values()))
-    evaluated += measured.evaluation.of(first.validation)  # before round 1, once for all arms
-    written += answers(first.validation_answers, measured, most_new_tokens, trained=False)
-    for arm, one in evaluations.items():
+    evaluated = at_once(line.of(one.validation) for one in first)  # before round 1, once for all arms
+    written = written_by(first, "validation_answers", trained=False)
+    for arm, each in evaluations.items():
         tests, trained = tests_of(recipe, arm, works.get(arm), equal_samples), arm != "base"
         times = validations(recipe) if trained else 0
-        evaluated += measured.evaluation.of(one.validation.times(times)) + measured.evaluation.of(one.test.times(tests))
-        written += answers(one.validation_answers, measured, most_new_tokens, trained=True).times(times)
-        written += answers(one.test_answers, measured, most_new_tokens, trained=trained).times(tests)
+        evaluated += at_once(line.of(one.validation.times(times)) for one in each)
+        evaluated += at_once(line.of(one.test.times(tests)) for one in each)
+        written += written_by(each, "validation_answers", trained=True).times(times)
+        written += written_by(each, "test_answers", trained=trained).times(tests)
+    if kept is not None and measured.making is not None:
+        parts["frozen blocks"] = kept.takes(measured.making)
     parts["evaluation"] = evaluated
     if written.wall:
         parts["answers"] = written
+    if measured.tasks:
+        one = sum(measured.tasks.values(), Cost())
+        times = sum(asked(recipe, arm, (models or {}).get(arm, 1)) for arm in evaluations)
+        times += "base" not in evaluations and recipe.evaluate.task_rounds is not None  # before training, once for all
+        parts["tasks"] = Cost(one.wall * times / processes, one.cpu * times)
     parts["checkpoints"] = measured.checkpoint.times(saves(recipe) * len(works))
-    so_far = measured.start
+    others = measured.follower.times(processes - 1)
+    so_far = measured.start + Cost(measured.follower.wall if processes > 1 else 0.0, others.cpu)
+    started = so_far
     for cost in parts.values():
         so_far += cost
     rounds = sum(work.rounds for work in works.values())
     more = min(rounds + len(evaluations), int(so_far.wall / REPORT_SECONDS))  # after rounds and arms
     parts["report"] = measured.report + measured.report.times(FURTHER_REPORT * more)
-    return {"start": measured.start, **parts}
+    return {"start": started, **parts}

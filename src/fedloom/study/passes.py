@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,9 @@ from fedloom.data.tokens import Examples
 from fedloom.evaluate.loss import together
 from fedloom.runtimes import Room
 from fedloom.runtimes.cohort import TOGETHER
+from fedloom.runtimes.distributed import split
 from fedloom.study.build import clients_in_a_pass, global_pieces, population_of, sampling_of
+from fedloom.study.costs import work_of
 from fedloom.study.recipe import Recipe
 
 __all__ = ["ArmWork", "Decoding", "Passes", "Step", "arm_work", "decodings", "evaluation_passes", "pieces_of"]
@@ -84,6 +86,13 @@ class Passes(NamedTuple):
         return Passes(self.number * factor, self.padded * factor, self.real * factor, self.largest)
 
 
+class Share(NamedTuple):
+    """What one of several processes does in a round."""
+
+    passes: Passes
+    clients: int
+
+
 @dataclass(frozen=True)
 class ArmWork:
     """The training of one arm over all its rounds."""
@@ -95,13 +104,11 @@ class ArmWork:
     models: int  # whose state the arm keeps: 1, or one per client
     samples_per_round: float  # that one model is trained on
     blocks_per_round: float
+    shares: Sequence[Sequence[Share]] = ()  # of each round that was counted, where several processes share it
 
     @property
     def passes(self) -> Passes:
-        found = Passes()
-        for step in self.steps:
-            found += Passes(step.passes, step.padded, step.real, step.pass_tokens)
-        return found.times(self.scale)
+        return _passes_of(self.steps).times(self.scale)
 
     @property
     def real_tokens(self) -> float:
@@ -110,6 +117,13 @@ class ArmWork:
     @property
     def largest(self) -> Step:
         return max(self.steps, key=lambda step: (step.pass_tokens, step.real))
+
+
+def _passes_of(steps: Sequence[Step]) -> Passes:
+    found = Passes()
+    for step in steps:
+        found += Passes(step.passes, step.padded, step.real, step.pass_tokens)
+    return found
 
 
 def pieces_of(recipe: Recipe, federation: Federation, arm: str, width: int) -> int:
@@ -125,11 +139,14 @@ def arm_work(
     width: int,
     *,
     side_by_side: bool = True,
+    processes: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> ArmWork:
     """What an arm trains on: every step of every block of at most `width` clients, or of rounds that stand for all.
 
-    `side_by_side`: whether the local work takes several clients at once at all.
+    Args:
+        side_by_side: whether the local work takes several clients at once at all.
+        processes: that share each round's cohort by load; the global arm's one client is the first one's.
     """
     population = population_of(federation, recipe, arm)
     sampling = sampling_of(recipe, arm, len(population.ids))
@@ -137,6 +154,7 @@ def arm_work(
     width = clients_in_a_pass(recipe, Room(width)) if arm != "global" and side_by_side else 1
     rounds = np.unique(np.linspace(0, recipe.rounds - 1, min(recipe.rounds, MOST_ROUNDS)).astype(int)).tolist()
     steps: list[Step] = []
+    shares: list[list[Share]] = []
     counted = blocks = clients = everyone = 0
     examples = 0.0
     began = clock()
@@ -144,11 +162,15 @@ def arm_work(
         ids = sampling.cohort(population.ids, recipe.seed, round)
         some = [ids[place] for place in spread(len(ids), MOST_CLIENTS)]
         opened = [(client, population.batches(client, round)) for client in some]
-        opened.sort(key=lambda one: -len(one[1]))
-        for start in range(0, len(opened), width):
-            block = opened[start : start + width]
-            steps += _block_steps(block, pieces, round)
-            blocks += 1
+        shares.append([])
+        loads = [work_of(batches).padded_tokens if processes > 1 else 0.0 for _, batches in opened]
+        for part in split(loads, processes):
+            own = sorted((opened[place] for place in part), key=lambda one: -len(one[1]))
+            before = len(steps)
+            for start in range(0, len(own), width):
+                steps += _block_steps(own[start : start + width], pieces, round)
+                blocks += 1
+            shares[-1].append(Share(_passes_of(steps[before:]), len(own)))
         counted += 1
         clients += len(opened)
         everyone += len(ids)
@@ -164,6 +186,7 @@ def arm_work(
         len(population.ids) if each else 1,
         examples / counted * everyone / clients / (len(population.ids) if each else 1),
         blocks / counted * everyone / clients,
+        shares if processes > 1 else (),
     )
 
 
@@ -214,22 +237,46 @@ def _block_steps(block: Sequence[tuple[str, Batches | PairBatches]], pieces: int
 
 
 def evaluation_passes(
-    recipe: Recipe, federation: Federation, part: str, width: int, *, own_models: bool = False
+    recipe: Recipe,
+    federation: Federation,
+    part: str,
+    width: int,
+    *,
+    own_models: bool = False,
+    of: tuple[int, int] = (0, 1),
 ) -> Passes:
     """Passes without a graph over `part` ("validation", "test") of all clients, with one model.
 
-    `own_models`: every client's model over every client's rows, as the local arm is tested.
+    Args:
+        own_models: every client's model over every client's rows, as the local arm is tested.
+        of: the share of one process of several: its number, and how many there are.
     """
     size = recipe.evaluate.eval_batch_size
     clients, factor = some_clients(federation)
-    shapes = [_eval_shapes(getattr(client, part), size, federation.paired) for client in clients]
     if own_models:
-        return _together(shapes).times(factor * len(federation.clients))
+        shapes = [_eval_shapes(getattr(client, part), size, federation.paired) for client in clients]
+        return _together(shapes).times(factor * len(_share_of(list(federation.ids), of)))
+    clients = _share(federation, clients, part, of)
+    shapes = [_eval_shapes(getattr(client, part), size, federation.paired) for client in clients]
     shapes = [one for one in shapes if one or part == "test"]  # without rows there is no validation of a client
     found, at_once = Passes(), max(width, TOGETHER)
     for start in range(0, len(shapes), at_once):
         found += _together(shapes[start : start + at_once])
     return found.times(factor)
+
+
+def _share(federation: Federation, clients: list[ClientData], part: str, of: tuple[int, int]) -> list[ClientData]:
+    """The clients that a process of a team evaluates, by their tokens."""
+    sets = [getattr(client, part) for client in clients]
+    lengths = [Pairs(one).lengths if federation.paired else one.lengths for one in sets]
+    return _share_of(clients, of, [1.0 + float(own.sum()) for own in lengths])
+
+
+def _share_of(whole: list[Any], of: tuple[int, int], loads: Sequence[float] | None = None) -> list[Any]:
+    number, processes = of
+    if processes == 1:
+        return whole
+    return [whole[place] for place in split(loads or [1.0] * len(whole), processes)[number]]
 
 
 def some_clients(federation: Federation) -> tuple[list[ClientData], float]:
@@ -282,14 +329,22 @@ class Decoding(NamedTuple):
 
 
 def decodings(
-    recipe: Recipe, federation: Federation, part: str, width: int, most: int, *, own_models: bool = False
+    recipe: Recipe,
+    federation: Federation,
+    part: str,
+    width: int,
+    most: int,
+    *,
+    own_models: bool = False,
+    of: tuple[int, int] = (0, 1),
 ) -> list[Decoding]:
-    """What is written to the rows of `part`, block by block: at most `most` tokens each."""
+    """What is written to the rows of `part`, block by block: at most `most` tokens each. `of` as above."""
     limit, slots = recipe.evaluate.limit, recipe.evaluate.eval_batch_size
     clients, factor = some_clients(federation)
-    each = [getattr(client, part)[:limit] for client in clients]
     if own_models:
-        return [_decoding(each, most, slots)] * round(factor * len(federation.clients))
+        each = [getattr(client, part)[:limit] for client in clients]
+        return [_decoding(each, most, slots)] * round(factor * len(_share_of(list(federation.ids), of)))
+    each = [getattr(client, part)[:limit] for client in _share(federation, clients, part, of)]
     each = [one for one in each if len(one) or part == "test"]
     at_once = max(width, TOGETHER)
     found = [_decoding(each[start : start + at_once], most, slots) for start in range(0, len(each), at_once)]

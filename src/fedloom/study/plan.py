@@ -17,6 +17,7 @@ from fedloom.ops.host import available_cores
 from fedloom.ops.memory import room_bytes
 from fedloom.ops.names import CONTROL, apart
 from fedloom.rounds import initial_state
+from fedloom.runtimes.cohort import has_own_model
 from fedloom.study.build import (
     algorithm_of,
     clients_in_a_pass,
@@ -30,14 +31,16 @@ from fedloom.study.forecast import (
     Cost,
     EvaluationWork,
     Forecast,
+    KeptRows,
     Measured,
     Memory,
     Suggestion,
     forecast,
     kept_bytes,
+    validations,
 )
 from fedloom.study.measure import DEFAULT_NEW_TOKENS
-from fedloom.study.passes import ArmWork, arm_work, decodings, evaluation_passes
+from fedloom.study.passes import ArmWork, Passes, arm_work, decodings, evaluation_passes
 from fedloom.study.probe import Probe, Trained, faster_width, now, personal_bytes, threads_compared
 from fedloom.study.progress import amount, byte_text, duration
 from fedloom.study.recipe import Recipe
@@ -124,16 +127,18 @@ class PlanReport:
         if self.train_seconds is not None and self.tokens_per_second is not None:
             speed = f"{amount(self.tokens_per_second)} tokens/s"
             if found.whole:
-                without = "; what the tasks take comes on top" if self.benchmarks else ""
-                lines.append(f"time      {found.time_line}; {speed}{without}")
+                lines.append(f"time      {found.time_line}; {speed}")
             else:
-                lines.append(f"time      about {duration(self.train_seconds)} of training at {speed}")
+                without = "; evaluation and benchmarks come on top" if self.benchmarks else ""
+                lines.append(f"time      about {duration(self.train_seconds)} of training at {speed}{without}")
         lines += [f"note      {note}" for note in (*self.notes, *found.advice)]
         lines += [f"try       {one.text}" for one in found.suggestions]
         return lines
 
 
-def plan(session: Session, *, probe: bool = True, whole: bool = False, limit: int | None = None) -> PlanReport:
+def plan(
+    session: Session, *, probe: bool = True, whole: bool = False, limit: int | None = None, processes: int = 1
+) -> PlanReport:
     """What the session's run will do and cost.
 
     `probe` makes the largest pass of the run and a few steps: what does not fit in memory, or has no gradient, fails
@@ -143,6 +148,7 @@ def plan(session: Session, *, probe: bool = True, whole: bool = False, limit: in
     Args:
         whole: probe evaluation, answers, checkpoints and the report too, and what could be faster.
         limit: bytes that the run may take, where that is less than there are.
+        processes: that share the work (`--nproc`); each holds a model, and takes its part of what there is.
 
     Raises:
         RunError: not even one client fits, or training has no gradient.
@@ -157,7 +163,7 @@ def plan(session: Session, *, probe: bool = True, whole: bool = False, limit: in
     steps = population.steps_of(federation.sizes("train"))
     up, down = message_bytes(algorithm, adapter, state, Client(ids[0], ()), told, int(steps.max()))
     report = federation.report
-    planner = _Planner(session, limit) if probe and set(recipe.arms) != {"base"} else None
+    planner = _Planner(session, limit, processes) if probe and set(recipe.arms) != {"base"} else None
     found = None if planner is None else planner.found(whole)
     return PlanReport(
         model=recipe.model,
@@ -198,11 +204,15 @@ def plan(session: Session, *, probe: bool = True, whole: bool = False, limit: in
 class _Planner:
     """The probes of one plan, and what follows from them."""
 
-    def __init__(self, session: Session, limit: int | None) -> None:
+    def __init__(self, session: Session, limit: int | None, processes: int) -> None:
         self.session, self.recipe, self.federation = session, session.recipe, session.federation
+        self.processes = processes
         room = room_bytes()
         self.limit = limit if room is None else room if limit is None else min(room, limit)
+        if self.limit is not None and session.base.device.type == "cpu":  # else each has an accelerator of its own
+            self.limit //= processes
         self.loading = peak_memory_bytes()
+        self.opened = process_age()
         self.probe = Probe(session, self.limit)
         self.counted: dict[int, dict[str, ArmWork]] = {}
         self.notes: list[str] = []
@@ -214,7 +224,8 @@ class _Planner:
             arms = [arm for arm in self.recipe.arms if arm != "base"]
             axis = self.probe.algorithm.client.cohort_axis
             self.counted[width] = {
-                arm: arm_work(self.recipe, self.federation, arm, width, side_by_side=axis) for arm in arms
+                arm: arm_work(self.recipe, self.federation, arm, width, side_by_side=axis, processes=self.processes)
+                for arm in arms
             }
         return self.counted[width]
 
@@ -226,7 +237,7 @@ class _Planner:
             self._take_the_fastest(trained)
         width = self.session.room.width
         works = self.works(width)
-        measured = Measured(process_age(), trained.step, trained.per_client_round)
+        measured = Measured(process_age(), trained.step, trained.per_client_round, follower=self.opened)
         memory = Memory(
             resident=trained.resident,
             training=trained.largest_bytes,
@@ -234,17 +245,31 @@ class _Planner:
             loading=self.loading,
             measured=trained.measured,
         )
-        evaluations: dict[str, EvaluationWork] | None = None
+        evaluations: dict[str, list[EvaluationWork]] | None = None
         most = self._new_tokens()
+        kept = None if self.probe.frozen is None else self._kept_rows(works)
+        if kept is not None:
+            on_host = self.session.base.device.type == "cpu"  # else the memory that is told is the accelerator's
+            memory = replace(memory, kept=self.probe.still_to_keep(kept) if on_host else 0)
+            measured = replace(measured, making=self.probe.making())
         if whole:
             measured, memory = self._probe_the_rest(measured, memory, most)
             if measured.evaluation is not None:
                 evaluations = self._evaluations(width, most)
         equal = self._equal_samples()
-        parts = forecast(self.recipe, works, measured, evaluations, equal_samples=equal, most_new_tokens=most)
+        parts = forecast(
+            self.recipe,
+            works,
+            measured,
+            evaluations,
+            equal_samples=equal,
+            most_new_tokens=most,
+            models=self._models(),
+            kept=kept,
+        )
         real = sum(work.real_tokens for work in works.values())
         self.tokens_per_second = real / max(parts["training"].wall, 1e-6)
-        found = Forecast(memory, self.limit, parts, whole and evaluations is not None)
+        found = Forecast(memory, self.limit, parts, whole and evaluations is not None, processes=self.processes)
         if found.too_much:
             suggestions += ways_to_fit(self.session, self.probe, trained, found, self.works)
         advice: tuple[str, ...] = ()
@@ -276,6 +301,15 @@ class _Planner:
             token, judge, untrained, written = self.probe.answers(writing, line, most, score)
             measured = replace(measured, token=token, judge=judge, untrained_answer=untrained)
             added = max(added, written)
+        if self.session.benchmarks:
+            tasks, asking = self.probe.tasks()
+            measured = replace(measured, tasks=tasks)
+            added = max(added, asking)
+            self.notes += [
+                f"{one.task.name} is not in the time: another program puts its questions (lm-evaluation-harness)"
+                for one in self.session.benchmarks
+                if one.task.name not in tasks
+            ]
         report, report_bytes = self.probe.report()
         measured = replace(measured, evaluation=line, checkpoint=self.probe.checkpoint(), report=report)
         return measured, replace(memory, evaluation=added, report=report_bytes)
@@ -285,21 +319,45 @@ class _Planner:
         own = task.max_new_tokens if task is not None else DEFAULT_NEW_TOKENS
         return self.recipe.evaluate.max_new_tokens or own
 
-    def _evaluations(self, width: int, most: int) -> dict[str, EvaluationWork]:
+    def _evaluations(self, width: int, most: int) -> dict[str, list[EvaluationWork]]:
         recipe, federation = self.recipe, self.federation
         scored = self.session.measures().score != "none"
         by_score = (recipe.evaluate.best_by or "").startswith("score")
         validated = scored and (recipe.evaluate.score_validation or by_score)
-        found: dict[str, EvaluationWork] = {}
+        found: dict[str, list[EvaluationWork]] = {}
         for arm in (name for name in ARMS if name in recipe.arms):
             own = arm == "local"
-            found[arm] = EvaluationWork(
-                evaluation_passes(recipe, federation, "validation", width),
-                evaluation_passes(recipe, federation, "test", width, own_models=own),
-                decodings(recipe, federation, "validation", width, most) if validated else (),
-                decodings(recipe, federation, "test", width, most, own_models=own) if scored else (),
-            )
+            found[arm] = [
+                EvaluationWork(
+                    evaluation_passes(recipe, federation, "validation", width, of=of),
+                    evaluation_passes(recipe, federation, "test", width, own_models=own, of=of),
+                    decodings(recipe, federation, "validation", width, most, of=of) if validated else (),
+                    decodings(recipe, federation, "test", width, most, own_models=own, of=of) if scored else (),
+                )
+                for of in ((number, self.processes) for number in range(self.processes))
+            ]
         return found
+
+    def _models(self) -> dict[str, int]:
+        """Models that each arm has once trained."""
+        most = min(self.recipe.evaluate.task_clients or len(self.federation.clients), len(self.federation.clients))
+        own = has_own_model(self.probe.algorithm.client, self.probe.state.params)
+        return {arm: most if arm == "local" or (arm == "federated" and own) else 1 for arm in self.recipe.arms}
+
+    def _kept_rows(self, works: Mapping[str, ArmWork]) -> KeptRows:
+        """Rows whose states below what is trained are kept: of every set, as far as they are met."""
+        lengths = {part: self.federation.pooled(part).lengths for part in PARTS}
+        trained = sum(work.real_tokens for work in works.values())
+        share = min(1.0, trained / max(1.0, float(lengths["train"].sum())))
+        number, tokens, visits = 0.0, 0.0, trained
+        times = {"validation": 1 + len(works) * validations(self.recipe), "test": len(self.recipe.arms)}
+        for part, own in lengths.items():
+            met = share if part == "train" else 1.0
+            number, tokens = number + met * len(own), tokens + met * float(own.sum())
+            visits += times.get(part, 0) * float(own.sum())
+        needed = max(1.0, tokens * self.probe.bytes_of_a_state())
+        assert self.probe.frozen is not None
+        return KeptRows(Passes(number, tokens, tokens), visits, min(1.0, self.probe.frozen.budget_bytes / needed))
 
     def _equal_samples(self) -> int | None:
         arms = self.recipe.arms
@@ -376,20 +434,22 @@ class _Planner:
         """Whether others use the processor, by the clocks of the steps that were made."""
         if self.session.base.device.type != "cpu":
             return ()
+        threads = self.session.threads * self.processes
         wall = sum(cost.wall for _, cost in trained.points)
         cpu = sum(cost.cpu for _, cost in trained.points)
         cores = available_cores()
         notes = []
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        if wall > 1.3 * cpu or load > cores + self.session.threads:
+        if wall > 1.3 * cpu or load > cores + threads:
             notes.append(
                 f"the machine is busy (load {load:.1f} on {cores} core{'s' * (cores > 1)}; a step took {wall:.1f} s on "
                 f"the wall for {cpu:.1f} s of work): the times are those of a machine that stays so"
             )
-        if self.session.threads > cores:
+        if threads > cores:
+            way = f"runtime.threads={cores}" if self.processes == 1 else f"--nproc {cores}"
             notes.append(
-                f"{self.session.threads} threads, but {cores} core{'s' * (cores > 1)}: they wait for one another; "
-                f"runtime.threads={cores}"
+                f"{threads} threads{' of all processes' * (self.processes > 1)}, but {cores} core{'s' * (cores > 1)}: "
+                f"they wait for one another; {way}"
             )
         return tuple(notes)
 

@@ -7,6 +7,8 @@ does not end with an error, but with the process.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,21 +20,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedloom.data.batches import eval_batches
+from fedloom.data.listing import spread
 from fedloom.data.pair_batches import Pairs, eval_pair_batches
 from fedloom.data.tokens import Examples, pad_id_of
 from fedloom.errors import FedloomError, RunError
 from fedloom.evaluate.generate import generate
 from fedloom.evaluate.loss import stack_batches
 from fedloom.evaluate.scores import SCORES
+from fedloom.evaluate.tasks.base import Item, TaskSettings
+from fedloom.evaluate.tasks.run import answerer_of, limited, run_task
+from fedloom.models.frozen import FrozenBlocks
 from fedloom.ops.memory import held_bytes
 from fedloom.rounds import initial_state, run_round
 from fedloom.runtimes import batched
 from fedloom.runtimes.cohort import train_block
 from fedloom.runtimes.room import OUT_OF_MEMORY
 from fedloom.study import checkpoint
+from fedloom.study.arm_tasks import settings_of
 from fedloom.study.build import algorithm_of, population_of, population_weight_of, rank_of
 from fedloom.study.costs import peak_memory_bytes, reset_peak_memory
-from fedloom.study.forecast import Cost, Line, fitted, line_through
+from fedloom.study.forecast import Cost, KeptRows, Line, fitted, line_through
 from fedloom.study.passes import ArmWork, Decoding, Passes, Step, some_clients
 from fedloom.tree import stack
 from fedloom.types import Algorithm, Batch, Client, ClientUpdate, LossFn, Site, State, Tree
@@ -44,6 +51,7 @@ __all__ = ["Meter", "Probe", "Trained", "faster_width"]
 
 TIMED_STEPS = 3  # of the round that is timed: a short one, a middling one, a long one
 SMALL_SHARE = 8  # the smaller pass of the two that foretell the largest has an eighth of its rows
+PROBED_ITEMS = 16  # of a benchmark
 MOST_PROBED_TOKENS = 24  # of answers; longer ones are reckoned
 GAIN = 1.03  # a wider pass has to be faster by this to be taken
 
@@ -121,6 +129,9 @@ class Probe:
             self.one_piece, population_weight=population_weight_of(self.recipe, session.federation)
         )
         self.state = initial_state(self.algorithm, session.adapter, self.recipe.seed)
+        rows = getattr(getattr(session.adapter, "causal", None), "rows", None)
+        self.frozen: FrozenBlocks | None = getattr(rows, "frozen", None)  # whose output is kept of each row
+        self.kept_before = 0  # bytes of it, when the resident memory was looked at
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -148,6 +159,40 @@ class Probe:
         train_block(self._timed(took), self.session.adapter, self.state, clients, sites)
         return passes_through([client.batches[0] for client in clients]), took[0]
 
+    def ready(self, clients: Sequence[Client]) -> None:
+        """Have at hand what frozen blocks make of these rows, as a run has in every pass but a row's first."""
+        if self.frozen is None:
+            return
+        for client in clients:
+            for batch in client.batches:
+                self.session.adapter.nll(stack([self.state.params]), stack_batches([batch], self.session.base.device))
+
+    def making(self) -> Line:
+        """What frozen blocks take to make a row's states, by its tokens."""
+        assert self.frozen is not None
+        train = self.session.federation.pooled("train")
+        order = train.lengths.argsort(kind="stable")
+        points = []
+        for place in (0.25, 0.25, 0.5, 0.75):  # the first one warms up
+            row = train[int(order[round_to(place * (len(order) - 1))])]
+            row_T = torch.as_tensor(row.input_ids, dtype=torch.int64, device=self.session.base.device)
+            start = self.clock()
+            self.frozen.make(row_T)
+            points.append((Passes(1, len(row_T), len(row_T)), self.clock() - start))
+        return fitted(points[1:])
+
+    def bytes_of_a_state(self) -> int:
+        """Of one token."""
+        assert self.frozen is not None
+        states_TD = self.frozen.make(torch.zeros(1, dtype=torch.int64, device=self.session.base.device))
+        return states_TD.numel() * states_TD.element_size()
+
+    def still_to_keep(self, rows: KeptRows) -> int:
+        """Bytes of states that come on top of what was resident."""
+        assert self.frozen is not None
+        wanted = min(self.frozen.budget_bytes, int(rows.distinct.real * self.bytes_of_a_state()))
+        return max(0, wanted - self.kept_before)
+
     def _timed(self, took: list[Cost]) -> Algorithm:
         def step(loss: LossFn, state: Any, batch_CBT: Batch) -> Any:
             start = self.clock()
@@ -173,10 +218,12 @@ class Probe:
         self.make(self.passes_of(arm, largest._replace(ids=largest.ids[:1]), 1))  # warm
         own = self.client_bytes()
         resident = self._resident()
+        self.kept_before = 0 if self.frozen is None else self.frozen.bytes
         points: list[tuple[Passes, Cost]] = []
         memory: list[tuple[float, float]] = []
 
         def tried(clients: Sequence[Client]) -> None:
+            self.ready(clients)
             self.meter.begin()
             points.append(self.make(clients))
             beside = max(0.0, float(self.meter.added - own * len(clients)))
@@ -285,6 +332,7 @@ class Probe:
                 batches[client.id] += list(client.batches)
                 weights[client.id] = client
         cohort = [weights[client]._replace(batches=batches[client]) for client in ids]
+        self.ready(cohort)
         took: list[Cost] = []
         algorithm = self._timed(took)
         start = self.clock()
@@ -325,8 +373,11 @@ class Probe:
             if copies * passes_through([batch]).padded > full:
                 continue
             tree_C = stack([self.state.params] * copies)
+            stacked = stack_batches([batch] * copies, self.session.base.device)
+            if self.frozen is not None:
+                self.session.adapter.nll(tree_C, stacked)
             start = self.clock()
-            self.session.adapter.nll(tree_C, stack_batches([batch] * copies, self.session.base.device))
+            self.session.adapter.nll(tree_C, stacked)
             points.append((passes_through([batch] * copies), self.clock() - start))
         return fitted(points[1:]), self.meter.added
 
@@ -377,6 +428,37 @@ class Probe:
         added += int(added * max(0, min(most, max(written, 1)) - length) / max(length + 64, 1)) if written else 0
         return fitted(points), judge, written, added
 
+    def tasks(self) -> tuple[dict[str, Cost], int]:
+        """What each benchmark takes, put to one model: a few of its items, and the rest as long. And bytes added.
+
+        Its items are asked of the model before it is trained; one that writes more or less by then takes as much more
+        or less. Of benchmarks that other programs run (lm-evaluation-harness) nothing is told.
+        """
+        found: dict[str, Cost] = {}
+        self.meter.begin()
+        for benchmark in self.session.benchmarks:
+            task = benchmark.task
+            if task.run is not None:
+                continue
+            settings = settings_of(self.recipe)
+            items = limited(list(task.load(benchmark.source, settings)), settings.limit)
+            some = [items[place] for place in spread(len(items), PROBED_ITEMS)]
+            points = []
+            for asked in (some[:1], some[: max(1, len(some) // 4)], some):
+                few = dataclasses.replace(task, load=functools.partial(_items, asked))
+                answerer = answerer_of(
+                    self.session.adapter,
+                    self.state.params,
+                    self.session.base.tokenizer,
+                    batch_size=self.recipe.evaluate.eval_batch_size,
+                    chat_template=self.recipe.data.chat_template,
+                )
+                start = self.clock()
+                run_task(few, answerer, source=benchmark.source, settings=settings, out=None)
+                points.append((Passes(1, len(asked), len(asked)), self.clock() - start))
+            found[task.name] = fitted(points[1:]).of(Passes(1, len(items), len(items)))
+        return found, self.meter.added
+
     # ---- the rest ----------------------------------------------------------------------------------------------------
 
     def checkpoint(self) -> Cost:
@@ -405,6 +487,11 @@ class Probe:
                 write_report(folder.path)
                 took = self.clock() - start
         return took, max(0, held_bytes() - before)
+
+
+def _items(items: Sequence[Item], source: Path | None, settings: TaskSettings) -> Sequence[Item]:
+    """A task's loader that has read them already."""
+    return items
 
 
 @contextmanager

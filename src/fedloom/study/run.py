@@ -322,7 +322,8 @@ class _Runner:
 
     def _begin(self, arms: Sequence[str]) -> None:
         report = self.session.federation.report
-        planned = plan(self.session) if self.lead is None else self.lead.alone(lambda: plan(self.session))
+        session, number = self.session, self.num_processes
+        planned = plan(session) if self.lead is None else self.lead.alone(lambda: plan(session, processes=number))
         self.display.plan(planned.lines)
         for line in shown_prompt(self.session):
             self.display.message(line)

@@ -94,15 +94,18 @@ class Session:
         return self.federation.digest()
 
 
-def open_session(recipe: Recipe, *, smoke: bool = False, team: Team | None = None) -> Session:
+def open_session(recipe: Recipe, *, smoke: bool = False, team: Team | None = None, processes: int = 1) -> Session:
     """Load the model, prepare the data, put the adapter on.
 
     In a team every process does, on its own device; the leader prepares the data first, the others find it prepared.
 
+    Args:
+        processes: on this host, which share its cores, where it is asked without a team what one of several would do.
+
     Raises:
         UserError: model, data, split, adapter or benchmarks are not as they should be; nothing was written.
     """
-    host = tune_host(recipe.runtime.threads, 1 if team is None else team.local_size)
+    host = tune_host(recipe.runtime.threads, processes if team is None else team.local_size)
     algorithm_of(recipe)  # a wrong composition is told before anything is loaded
     benchmarks = open_benchmarks(recipe)
     base = make_base(recipe, team)
@@ -115,7 +118,7 @@ def open_session(recipe: Recipe, *, smoke: bool = False, team: Team | None = Non
         federation = federation.small(max(SMOKE_CLIENTS, 1 if team is None else team.size), SMOKE_ROWS)
         recipe = smoke_recipe(recipe)
         best_by = _chosen_by(recipe, federation)
-    _check_cohort(recipe, federation, 1 if team is None else team.size)
+    _check_cohort(recipe, federation, processes if team is None else team.size)
     adapter = adapter_of(base, recipe)
     check_start(recipe, adapter)
     room = Room(width_of(recipe, federation, base))

@@ -1,20 +1,25 @@
 """Settings with which a run fits into the memory there is, with what it takes then.
 
-They are reckoned on the line through the passes that were made; gradient checkpointing is tried on small ones.
+They are reckoned on the line through the passes that were made; gradient checkpointing and, on a GPU, activation
+offload are tried on small ones. Bytes of a quantised base are counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedloom.data.pair_batches import Pairs
 from fedloom.errors import FedloomError
-from fedloom.study.build import recomputing
+from fedloom.models.quantised import check_installed, largest_layer_bytes, packed_bytes, stored_bytes
+from fedloom.study.build import offloading, recomputing
 from fedloom.study.forecast import Cost, Forecast, Suggestion, line_through
+from fedloom.study.objections import objections
 from fedloom.study.passes import ArmWork, Step
 from fedloom.study.probe import Probe, Trained, bytes_on, largest_of
+from fedloom.types import Adapter
 
 if TYPE_CHECKING:
     from fedloom.study.session import Session
@@ -27,9 +32,12 @@ Works = Callable[[int], Mapping[str, ArmWork]]
 def ways_to_fit(
     session: Session, probe: Probe, trained: Trained, found: Forecast, works: Works
 ) -> Iterator[Suggestion]:
-    """Each alone, then all together; none where another part than training is too large."""
+    """Each alone; where another part than training is too large, only a smaller base helps."""
     limit = found.limit
-    if limit is None or replace(found.memory, training=0).peak > limit:
+    if limit is None:
+        return
+    yield from packed_bases(session, found, limit)
+    if replace(found.memory, training=0).peak > limit:
         return
     _, largest = largest_of(works(trained.width))
 
@@ -58,18 +66,20 @@ def ways_to_fit(
                     time(width),
                 )
                 break
-    again = None if runtime.gradient_checkpointing else recomputed(session, probe, trained, works)
-    if again is not None:
+    tried = {"gradient_checkpointing": (recomputing, "blocks run again instead of being kept")}
+    if session.base.device.type != "cpu":
+        tried["activation_offload"] = offloading, "activations wait in the host's memory"
+    if runtime.gradient_checkpointing or runtime.activation_offload:
+        tried = {}
+    for key, (way, about) in tried.items():
+        again = in_another_way(way, session, probe, trained, works)
+        if again is None:
+            continue
         line, slower = again
         training = bytes_on(line[0], trained.bytes_per_client, line[1], largest)
         if peak(training) <= limit:
             whole = found.time.wall + (slower - 1) * found.parts["training"].wall if found.whole else None
-            yield Suggestion(
-                "blocks run again instead of being kept",
-                ("runtime.gradient_checkpointing=true",),
-                peak(training),
-                whole,
-            )
+            yield Suggestion(about, (f"runtime.{key}=true",), peak(training), whole)
     yield from _smaller(session, trained, narrow, peak, limit, found)
 
 
@@ -113,19 +123,50 @@ def _smaller(
             break
 
 
-def recomputed(
-    session: Session, probe: Probe, trained: Trained, works: Works
-) -> tuple[tuple[float, float], float] | None:
-    """With gradient checkpointing: the line of a pass's bytes by tokens, and how much slower it is.
+def packed_bases(session: Session, found: Forecast, limit: int) -> Iterator[Suggestion]:
+    """The frozen base in 8 or 4 bits, where that can be loaded here and the recipe allows it; counted, not tried."""
+    if session.recipe.quantization != "none":
+        return
+    model = session.base.model
+    for kind, bits in (("int8", 8), ("nf4", 4)):
+        try:
+            check_installed(kind)
+        except FedloomError:
+            return
+        if [*objections(session.recipe.model_copy(update={"quantization": kind}))]:
+            continue
+        saved = stored_bytes(model) - packed_bytes(model, kind)
+        memory = replace(
+            found.memory,
+            resident=found.memory.resident - saved,
+            loading=found.memory.loading - saved,
+            training=found.memory.training + largest_layer_bytes(model),
+        )
+        if memory.peak <= limit:
+            yield Suggestion(
+                f"the frozen base in {bits} bits: its bytes are counted, its speed not tried",
+                (f"quantization={kind}",),
+                memory.peak,
+            )
 
-    None where this adapter or model has none.
+
+def in_another_way(
+    way: Callable[[Adapter], AbstractContextManager[None]],
+    session: Session,
+    probe: Probe,
+    trained: Trained,
+    works: Works,
+) -> tuple[tuple[float, float], float] | None:
+    """With the blocks run in this way: the line of a pass's bytes by tokens, and how much slower it is.
+
+    None where this adapter or model has no such way.
     """
     arm, step = largest_of(works(trained.width))
     one = step._replace(ids=step.ids[:1])
     rows = max(1, -(-step.rows // step.pieces) // 4)
     took: list[tuple[float, float]] = []
     try:
-        with recomputing(session.adapter):
+        with way(session.adapter):
             for many in dict.fromkeys((1, rows)):
                 clients = probe.passes_of(arm, one, many)
                 probe.meter.begin()

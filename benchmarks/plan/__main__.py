@@ -133,11 +133,8 @@ def watched(command: list[str], cwd: Path) -> tuple[str, dict[str, float]]:
         if process.returncode:
             raise RuntimeError(f"{' '.join(command)}: {err.read()[-2000:]}")
         text = out.read()
-    return text, {
-        "wall": time.monotonic() - start,
-        "cpu": used.ru_utime + used.ru_stime,
-        "peak": float(sum(peaks.values())),
-    }
+    cpu = used.ru_utime + used.ru_stime
+    return text, {"wall": time.monotonic() - start, "cpu": cpu, "peak": float(sum(peaks.values()))}
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -195,15 +192,15 @@ def page(results: dict[str, Any]) -> str:
         told, took = run["forecast"], run["run"]
         again = " (1)" if run.get("reports_counted_anew") else ""
         lines.append(
-            f"| {run['about']}{again} | {run['clients_per_batch']} | {told['peak'] / MB:,.0f} | {took['peak'] / MB:,.0f} | "
-            f"{off(run, 'peak'):+.1f} % | {told['cpu']:.1f} | {took['cpu']:.1f} | {off(run, 'cpu'):+.1f} % | "
-            f"{told['wall']:.0f} | {took['wall']:.0f} | {run['plan']['cpu']:.1f} |"
+            f"| {run['about']}{again} | {run['clients_per_batch']} | {told['peak'] / MB:,.0f} | "
+            f"{took['peak'] / MB:,.0f} | {off(run, 'peak'):+.1f} % | {told['cpu']:.1f} | {took['cpu']:.1f} | "
+            f"{off(run, 'cpu'):+.1f} % | {told['wall']:.0f} | {took['wall']:.0f} | {run['plan']['cpu']:.1f} |"
         )
     if any(run.get("reports_counted_anew") for run in runs):
         lines += [
             "",
-            "(1) What drawing the report takes was summed up anew from the same probe, after the rule for how often it is "
-            "drawn was corrected; all else is as it was told before the run.",
+            "(1) The report's part of the foretold time was summed up anew after the run, from what the plan had "
+            "measured (`reports_counted_anew`); the rest is as it was told.",
         ]
     for key, what in (("peak", "memory"), ("cpu", "CPU seconds")):
         each = [abs(off(run, key)) for run in runs]

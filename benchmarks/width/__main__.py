@@ -1,11 +1,12 @@
 """Scaling in cohort width: a round of 32 clients with 1, 2, 4, ... 32 of them in a pass.
 
-python -m benchmarks.width [--repeats 3] [--steps 1] [--out FOLDER]
+python -m benchmarks.width [builtin] [10M] [--repeats 3]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 
 from benchmarks.measured import child, write
 
+HERE = Path(__file__).parent
 MODELS = {"builtin": "the built-in base", "10M": "a Llama of 10 M parameters"}
 BATCHES = (1, 4)
+STEPS = 1  # of each client
 
 
 def tables(runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -29,7 +32,7 @@ def tables(runs: Sequence[Mapping[str, Any]]) -> list[str]:
             "",
             f"## {MODELS[run['model']]}, {rows} a client and step",
             "",
-            f"{run['dtype']}; {run['steps']} steps a client, {run['tokens']:,} tokens a round; {run['repeats']} "
+            f"{run['dtype']}; {run['steps']} step a client, {run['tokens']:,} tokens a round; {run['repeats']} "
             f"repetitions. `auto` takes {run['auto']} of 32 clients in a pass, `fastest` {run['fastest']}.",
             "",
             "| C | tokens per CPU-second | x C = 1 | padding | peak MiB | x C = 1 | |",
@@ -50,16 +53,22 @@ def tables(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.width", description=__doc__)
+    parser.add_argument(
+        "models", nargs="*", help=f"of {', '.join(MODELS)}: the others stay as they were; all by default"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1, help="optimiser steps of a client with 4 rows each; 4x with 1")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for results.json, RESULTS.md")
     given = parser.parse_args()
-    runs = []
-    for model in MODELS:
+    asked = given.models or list(MODELS)
+    if unknown := set(asked) - set(MODELS):
+        parser.error(f"{', '.join(unknown)}: choose from {', '.join(MODELS)}")
+    before = HERE / "results.json"
+    runs = json.loads(before.read_text(encoding="utf-8"))["runs"] if before.exists() else []
+    for model in asked:
         for batch in BATCHES:
-            steps = given.steps * max(BATCHES) // batch
-            runs.append(child("benchmarks.width.measure", model, batch, steps, given.repeats))
-            write(given.out, "Scaling in cohort width", runs, tables)
+            found = child("benchmarks.width.measure", model, batch, STEPS, given.repeats)
+            runs = [run for run in runs if (run["model"], run["batch"]) != (model, batch)] + [found]
+            runs.sort(key=lambda run: (list(MODELS).index(run["model"]), run["batch"]))
+            write(HERE, "Scaling in cohort width", runs, tables)
 
 
 if __name__ == "__main__":

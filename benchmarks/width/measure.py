@@ -75,22 +75,22 @@ def measured(model: str, batch: int, steps: int, repeats: int, scratch: Path) ->
     state = initial_state(algorithm, adapter, recipe.seed)
     population = population_of(session.federation, recipe, "federated")
 
-    def trained(width: int) -> tuple[float, Mapping[str, float]]:
-        cohort = [population.open(client, 0) for client in population.ids]
+    def trained(width: int, clients: int = CLIENTS) -> tuple[float, Mapping[str, float]]:
+        cohort = [population.open(client, 0) for client in population.ids[:clients]]
         start = time.process_time()
         _, report = run_round(algorithm, adapter, batched(width), state, cohort)
         return time.process_time() - start, report.metrics
 
-    trained(1)  # what is done once
-    found = []
-    for width in WIDTHS:
-        reset_peak_memory()
-        _, metrics = trained(width)
-        peak = peak_memory_bytes()
-        found.append({"width": width, "cpu_seconds": [], "peak_bytes": peak, "padded_tokens": metrics["padded_tokens"]})
+    trained(2, clients=2)  # what is done once
+    found: list[dict[str, Any]] = [{"width": width, "cpu_seconds": []} for width in WIDTHS]
     for repetition in range(repeats):
         for one in found if repetition % 2 == 0 else reversed(found):
-            one["cpu_seconds"].append(trained(one["width"])[0])
+            if repetition == 0:  # the narrowest first, so a peak is that of the width
+                reset_peak_memory()
+            seconds, metrics = trained(one["width"])
+            one["cpu_seconds"].append(seconds)
+            if repetition == 0:
+                one |= {"peak_bytes": peak_memory_bytes(), "padded_tokens": metrics["padded_tokens"]}
 
     def works(width: int) -> Mapping[str, ArmWork]:
         return {"federated": arm_work(recipe, session.federation, "federated", width)}

@@ -1,6 +1,6 @@
 """Scaling in cohort width: a round of 32 clients with 1, 2, 4, ... 32 of them in a pass.
 
-python -m benchmarks.width [builtin] [10M] [--repeats 3]
+python -m benchmarks.width [builtin] [10M] [--batches 1 4] [--repeats 3]
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ def main() -> None:
     parser.add_argument(
         "models", nargs="*", help=f"of {', '.join(MODELS)}: the others stay as they were; all by default"
     )
+    parser.add_argument(
+        "--batches", type=int, nargs="*", choices=BATCHES, default=BATCHES, help="rows a client and step"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     asked = given.models or list(MODELS)
@@ -64,7 +67,7 @@ def main() -> None:
     before = HERE / "results.json"
     runs = json.loads(before.read_text(encoding="utf-8"))["runs"] if before.exists() else []
     for model in asked:
-        for batch in BATCHES:
+        for batch in given.batches:
             found = child("benchmarks.width.measure", model, batch, STEPS, given.repeats)
             runs = [run for run in runs if (run["model"], run["batch"]) != (model, batch)] + [found]
             runs.sort(key=lambda run: (list(MODELS).index(run["model"]), run["batch"]))

@@ -15,6 +15,7 @@ import pytest
 
 from fedloom.cli import main
 from fedloom.data import rows, tokens
+from fedloom.data.holdings import ClientTable
 
 COLOURS = ("red", "green", "blue")
 
@@ -56,6 +57,27 @@ def test_a_file_is_previewed_as_init_would_split_it(fedloom: Callable[..., Said]
     texts = [element.text for element in ET.parse(place / "partition_rows.svg").iter() if element.text]
     assert any("rows.jsonl: 90 rows, 3 clients, by category" in text for text in texts)
     assert {"red", "green", "blue"} <= set(texts)
+
+
+def test_of_very_many_clients_few_are_opened_and_the_others_counted(
+    fedloom: Callable[..., Said], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"instruction": f"Say {i}", "output": "so", "user": f"u{i % 1100:04d}"} for i in range(2200)]
+    (place / "many.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    opened = []
+    real = ClientTable.at
+    monkeypatch.setattr(ClientTable, "at", lambda table, number: opened.append(number) or real(table, number))
+    words = (
+        "split.kind=by_column",
+        "split.column=user",
+        "split.clients=1100",
+        "data.val_set_size=50",
+        "data.test_set_size=50",
+    )
+    code, out, err = fedloom("preview", "many.jsonl", *words)
+    assert code == 0, err
+    assert "1,100 clients (by_column)" in out and "and 1,060 more clients" in out and "<trained>" in out
+    assert len(opened) <= 1_002, "the thousand that are listed, and who has the example"
 
 
 def test_words_change_the_split_and_the_tables_say_who_holds_what(fedloom: Callable[..., Said]) -> None:

@@ -246,9 +246,9 @@ def _write_picture(console: Console, report: DataReport, picture: Path | None, l
 
 def _pieces(federation: Federation, place: int) -> dict[str, Any] | None:
     """The training example at `place`, going from client to client, as text by what becomes of it."""
-    clients = [client for client in federation.clients.values() if len(client.train)]
-    client = clients[place % len(clients)]
-    number = place // len(clients)
+    ids = federation.having("train")
+    client = federation.clients[ids[place % len(ids)]]
+    number = place // len(ids)
     if number >= len(client.train):
         return None
     example = client.train[number]
@@ -294,8 +294,8 @@ def _show_clients(console: Console, report: DataReport) -> None:
         counts = (f"{client.train:,}", f"{client.validation:,}", f"{client.test:,}", f"{client.train_tokens:,}")
         table.add_row(Text(client.id), *counts, bar)
     console.print(table)
-    if len(report.clients) > MOST_CLIENTS:
-        console.print(Text(f"and {len(report.clients) - MOST_CLIENTS:,} more clients"))
+    if report.num_clients > MOST_CLIENTS:
+        console.print(Text(f"and {report.num_clients - MOST_CLIENTS:,} more clients"))
     lengths = ", ".join(f"{name} {value:,}" for name, value in report.lengths.items())
     _show_categories(console, report, colours)
     _show_heterogeneity(console, report)

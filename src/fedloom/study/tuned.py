@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedloom.data.catalog import CATALOG
 from fedloom.data.federation import ClientData, Federation
+from fedloom.data.listing import MOST_LISTED
 from fedloom.data.rows import Row, as_rows, read
 from fedloom.data.sources import sources_of
 from fedloom.data.templates import layout_for
@@ -332,10 +333,11 @@ def evaluate_run(
         state = state_of(run, recipe, adapter, checkpoint)
     federation = session.federation if data is None else _only_tests(session.federation, recipe, data)
     measured = measures(recipe, federation)
-    clients = [Client(client, ()) for client in federation.clients]
+    owners = federation.ids if len(federation.ids) <= MOST_LISTED else federation.having("test")
+    clients = [Client(owner, ()) for owner in owners]
     runtime = batched(width_of(recipe, session.federation, session.base))
     outcome = one_model(runtime.evaluate(algorithm, adapter, state, clients, measured.own))
-    rows = sum(len(client.test) for client in federation.clients.values())
+    rows = int(federation.sizes("test").sum())
     return Evaluated(data or recipe.data.label, measured.score, rows, outcome)
 
 

@@ -35,7 +35,8 @@ def write(folder: Path, title: str, runs: Sequence[Mapping[str, Any]], tables: C
     """results.json and RESULTS.md."""
     from benchmarks.throughput.run import machine
 
-    results = {"machine": machine(), "runs": list(runs)}
+    own = {key: value for key, value in machine().items() if not key.startswith("peers")}
+    results = {"machine": own, "runs": list(runs)}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     head = [f"# {title}", "", *(f"{key}: {value}  " for key, value in results["machine"].items()), ""]
     text = "\n".join([*head, *tables(results["runs"])]) + "\n"

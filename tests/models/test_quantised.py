@@ -131,6 +131,21 @@ def test_rounds_with_evaluations_between_them_are_those_of_the_weights_read_back
 
 
 @installed
+def test_a_kernel_that_reads_back_other_weights_is_not_used(monkeypatch, folder):
+    """As bitsandbytes' is on CPUs with AVX-512, where the in-features are no multiple of the block."""
+    import bitsandbytes.functional as functional
+
+    right = load_base(str(folder), dtype="float32", quantization="nf4")
+    wanted = grads(lora(right.model, rank=2), moved(lora(right.model, rank=2)))
+    honest = functional.dequantize_4bit
+    monkeypatch.setattr(functional, "dequantize_4bit", lambda *args, **more: 1.3 * honest(*args, **more))
+    base = load_base(str(folder), dtype="float32", quantization="nf4")
+    adapter = lora(base.model, rank=2)
+    for got, want in zip(grads(adapter, moved(adapter)), wanted, strict=True):
+        assert float((got - want).norm()) <= 1e-5 * float(want.norm()) + 1e-12
+
+
+@installed
 def test_steps_without_gradients_run_on_packed_weights(bases):
     adapter = lora(copy.deepcopy(bases["nf4"].model), rank=2)
     algorithm = fedavg(mezo_client(sgd(1e-3)))

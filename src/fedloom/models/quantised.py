@@ -4,10 +4,12 @@ int8 has a scale per output row, nf4 blocks of 64 weights with double quantisati
 embeddings, norms and biases stay as they are. What is computed is the product with the weights as they read back, in
 the base's dtype: forward, backward and in evaluation the same numbers, and one row's do not depend on its neighbours.
 
-bitsandbytes does otherwise in two places, and both are put right here. Its 4 bit layer repacks its weights on CPUs with
-AVX-512 in the first evaluation, after which no gradient passes it (see `ops.graph`). Its 8 bit layer rounds activations
-too (LLM.int8()), in float16, with outlier columns looked for in the whole batch, so what a client gets would depend on
-who is in the pass with it.
+bitsandbytes does otherwise in three places, and all are put right here. Its 4 bit layer repacks its weights on CPUs
+with AVX-512 in the first evaluation, after which no gradient passes it (see `ops.graph`). On such CPUs it also reads
+back other weights than it stored where the in-features are no multiple of the block, a quarter of their size away; so
+what it reads is compared with the definition, once for each layer. Its 8 bit layer rounds activations too (LLM.int8()),
+in float16, with outlier columns looked for in the whole batch, so what a client gets would depend on who is in the pass
+with it.
 
 Shape suffixes: D in-features, O out-features; x and y end in D and O.
 """
@@ -84,9 +86,11 @@ def pinned_forward(model: nn.Module) -> int:
         holder: Any = layer
         if is_nf4(layer):
             holder.support_avx512bf16_for_cpu = False  # the repacked weights have no backward pass
+            if not _reads_back_by_itself(layer):
+                holder.forward = functools.partial(_forward, layer)
         elif is_int8(layer):
             holder.init_8bit_state()
-            holder.forward = functools.partial(_int8_forward, layer)
+            holder.forward = functools.partial(_forward, layer)
         number += is_nf4(layer) or is_int8(layer)
     return number
 
@@ -156,31 +160,48 @@ def dequantised(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weights [O, D] as they read back: the plain layer that a quantised one stands for."""
     holder: Any = layer
     if is_nf4(layer):
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight_OD: Tensor = dequantize_4bit(holder.weight.data, holder.weight.quant_state).to(dtype)
-        return weight_OD
-    return _read_back(holder.state.CB, holder.state.SCB, dtype)
+        return _nf4_read_back(holder.weight.data, holder.weight.quant_state).to(dtype)
+    return holder.state.CB.to(dtype).mul_((holder.state.SCB / 127.0).to(dtype)[:, None])  # type: ignore[no-any-return]
 
 
-def _read_back(codes_OD: Tensor, largest_O: Tensor, dtype: torch.dtype) -> Tensor:
-    return codes_OD.to(dtype).mul_((largest_O / 127.0).to(dtype)[:, None])
+def _nf4_read_back(packed: Tensor, state: Any) -> Tensor:
+    """By the definition: two codes in a byte, the first in its upper half, times the largest number of their block."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    largest = state.absmax
+    if state.nested:
+        largest = dequantize_blockwise(largest, state.state2) + state.offset
+    codes = packed.flatten()
+    places = torch.stack([codes >> 4, codes & 15], 1).flatten()
+    count = state.shape.numel()
+    numbers = state.code.float()[places.int()][:count]
+    numbers.mul_(largest.float().repeat_interleave(state.blocksize)[:count])
+    return numbers.view(state.shape)
 
 
-def _int8_forward(layer: Any, x: Tensor) -> Tensor:
-    out: Tensor = _Int8Product.apply(x, layer.state.CB, layer.state.SCB, layer.bias)  # type: ignore[no-untyped-call]
+def _reads_back_by_itself(layer: Any) -> bool:
+    """Whether bitsandbytes' own kernel gives the weights that are stored, up to their rounding."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = layer.weight.quant_state
+    own, right = (read(layer.weight.data, state).float() for read in (dequantize_4bit, _nf4_read_back))
+    return bool((own - right).norm() <= 0.02 * right.norm())
+
+
+def _forward(layer: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = _Product.apply(x, layer)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Int8Product(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     """x W' + b; the weights are read back a second time for the gradient, so that no layer's stay in memory."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes_OD: Tensor, largest_O: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(codes_OD, largest_O)
-        return F.linear(x, _read_back(codes_OD, largest_O, x.dtype), bias_O)
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.linear(x, dequantised(layer, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        codes_OD, largest_O = ctx.saved_tensors
-        return grad @ _read_back(codes_OD, largest_O, grad.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ dequantised(ctx.layer, grad.dtype), None

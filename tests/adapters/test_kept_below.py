@@ -110,7 +110,7 @@ def test_results_do_not_hang_on_what_was_kept():
     for states in (some_kept, [all_kept[0], *resumed]):
         assert all(torch.equal(states[-1].params[name], leaf) for name, leaf in all_kept[-1].params.items())
     plain, _ = run(None)
-    assert 0 < gap(plain[-1].params, all_kept[-1].params) < 1e-4
+    assert gap(plain[-1].params, all_kept[-1].params) < 1e-4  # 0 where a row by itself gives the same sums
 
 
 @pytest.mark.parametrize("make", [full, lora, lambda model: prompt_tuning(model, num_virtual_tokens=4)])

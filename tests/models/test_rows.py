@@ -12,9 +12,10 @@ from tests.small import VOCAB, gap, llama
 from torch import nn
 
 from fedloom.adapters import dpo, full, lora, with_recompute
+from fedloom.models import rows as rows_of_models
 from fedloom.models.causal import CausalLM
 from fedloom.models.rows import Rows
-from fedloom.ops import packing
+from fedloom.ops import cross_entropy, packing
 from fedloom.ops.packing import pick, pick_of
 from fedloom.runtimes.cohort import collate
 
@@ -124,6 +125,49 @@ def test_gradients_of_architectures(name, c):
     tolerance = 1e-7 if name == "Gemma2" else 1e-10  # its softmax is in float32 whatever comes
     adapter = lora(model_of(name), rank=4, alpha=8.0, targets="all-linear")
     same_every_way(adapter, ragged(c), name in NARROWED, tolerance)
+
+
+@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT2"])
+def test_gradients_with_positions_added_for_the_sake_of_few_shapes(name, c, monkeypatch):
+    adapter = lora(model_of(name), rank=4, alpha=8.0, targets="all-linear")
+    want_loss, want = gradients(adapter, ragged(c), "padded")
+    for module in (rows_of_models, cross_entropy):
+        monkeypatch.setattr(module, "rounded", lambda size, *_: -(-size // 32) * 32)
+    sizes = []
+    adapter.causal.rows._blocks[0].register_forward_pre_hook(
+        lambda _, args, given: sizes.append((args[0] if args else given["hidden_states"]).shape[1]), with_kwargs=True
+    )
+    for way in WAYS:
+        got_loss, got = gradients(adapter, ragged(c), way)
+        assert float((want_loss - got_loss).abs().max()) < 1e-10, way
+        assert gap(want, got) < 1e-10, way
+    tried = 6  # tokens of a row when packing is tried
+    assert all(size % 32 == 0 for size in sizes if size > 2 * tried), sizes
+
+
+def test_no_positions_are_added_that_the_model_has_not(monkeypatch):
+    adapter = lora(model_of("GPT2"), rank=4)
+    want_loss, want = gradients(adapter, ragged(2), "padded")
+    monkeypatch.setattr(rows_of_models, "rounded", lambda size, *_: 65)
+    got_loss, got = gradients(adapter, ragged(2), "padded")
+    assert torch.equal(want_loss, got_loss) and gap(want, got) == 0
+
+
+def test_batches_of_any_length_make_few_shapes_in_bfloat16():
+    adapter = lora(llama().bfloat16(), rank=2)
+    shapes: dict[str, set] = {"padded": set(), "packed": set()}
+    for way, seen in shapes.items():
+        adapter.causal.rows.way = way
+        handle = adapter.causal.rows._blocks[0].mlp.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.add(tuple(args[0].shape))
+        )
+        for length in range(33, 57):
+            ids = torch.randint(1, VOCAB, (1, 2, length))
+            adapter.loss(moved(adapter, 1), {"input_ids": ids, "labels": ids})
+        handle.remove()
+    assert {shape[1] for shape in shapes["padded"]} == {40, 48, 56}
+    assert {shape[1] for shape in shapes["packed"] if shape[1] > 12} == {64, 72, 80, 88, 96, 104, 112}  # 12: the trial
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])

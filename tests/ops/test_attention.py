@@ -65,7 +65,7 @@ def small(dtype: torch.dtype) -> Any:
     return random_base(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=300, dtype=dtype).model
 
 
-def test_a_model_uses_it_only_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_uses_it_only_in_bfloat16_and_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     assert use_fast_attention(small(torch.float32)) is False
     model = small(torch.bfloat16)
     assert use_fast_attention(model) is True
@@ -74,6 +74,10 @@ def test_a_model_uses_it_only_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> No
     real = attention.causal_attention
     monkeypatch.setattr(attention, "causal_attention", lambda *args: calls.append(1) or real(*args))
     ids = torch.randint(4, 300, (3, 11), generator=torch.Generator().manual_seed(0))
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert not calls  # torch's own is faster forward
     model(input_ids=ids)
     assert len(calls) == 2  # layers
 
@@ -102,10 +106,11 @@ def test_padding_masks_and_a_cache_go_to_torchs_own(monkeypatch: pytest.MonkeyPa
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     settings: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "use_cache": True}
+    fast.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    assert torch.equal(
+        fast(input_ids=ids, attention_mask=mask).logits, plain(input_ids=ids, attention_mask=mask).logits
+    )
     with torch.no_grad():
-        assert torch.equal(
-            fast(input_ids=ids, attention_mask=mask).logits, plain(input_ids=ids, attention_mask=mask).logits
-        )
         assert torch.equal(fast.generate(ids, **settings), plain.generate(ids, **settings))
 
 

@@ -19,8 +19,8 @@ from fedloom.evaluate import decoding, plain
 from fedloom.evaluate.decoding import Bind, Opening
 from fedloom.evaluate.draws import drawn
 from fedloom.evaluate.sampling import Sampling
-from fedloom.models.causal import positions_of
 from fedloom.models.load import stop_ids
+from fedloom.models.rows import positions_of
 from fedloom.seeds import seed_of
 from fedloom.tree import is_shared
 from fedloom.types import Adapter, Tree

@@ -139,14 +139,6 @@ def _heads_of(head: Head, row_M: Tensor, num_rows: int) -> Iterator[tuple[slice,
         start += count
 
 
-def positions_of(model: nn.Module) -> int | None:
-    """Positions that a text may take, an adapter's virtual tokens taken off; None where the model does not say."""
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if not isinstance(positions, int):
-        return None
-    return positions - int(getattr(model, "num_virtual_tokens", 0))
-
-
 def _head_of(model: nn.Module) -> Head | None:
     find = getattr(model, "get_output_embeddings", None)
     layer: Any = find() if find is not None else None

@@ -17,21 +17,23 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fedloom.models.frozen import FrozenBlocks
 from fedloom.ops import packing
 from fedloom.ops.packing import Caught, Ints, Layout, pack, pick, pick_of
+from fedloom.ops.shapes import HALF, rounded
 
 log = logging.getLogger("fedloom")
 
 WORKS_WITH = ("sdpa", "eager", "fedloom_cpu")  # attentions that take padded rows
 # What packing costs and gains, in seconds, roughly: only the choice between equal ways hangs on it.
-CPU_FLOPS, GPU_FLOPS = 4e10, 2e14  # per second
+CPU_FLOPS, CPU_HALF_FLOPS, GPU_FLOPS = 4e10, 1e11, 2e14  # per second, norms and all that is no product included
 PER_BLOCK_SECONDS = 2e-4  # gathers, forward and backward
 PER_PASS_SECONDS = 1e-3  # the layout
-PER_BLOCK_PASS_SECONDS = 1.5e-3  # a block's own operations, however few its tokens are
+PER_BLOCK_PASS_SECONDS = 3e-3  # a block's own operations, however few its tokens are
 
 
 class Rows:
@@ -53,6 +55,8 @@ class Rows:
         self._can_pack: bool | None = None  # None: not tried yet
         self._can_narrow = False
         self.frozen: FrozenBlocks | None = None
+        weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        self._device, self._dtype = weight.device, weight.dtype
 
     def keep_below(self, frozen: FrozenBlocks) -> None:
         """Take the output of the lowest blocks from what was kept of each row."""
@@ -66,6 +70,10 @@ class Rows:
             rows, positions = row_M.cpu().numpy(), position_M.cpu().numpy()
             layout = self._layout(ids_NT, rows, positions, clients)
         if layout is None:
+            t = ids_NT.shape[1]
+            most = positions_of(self.model)
+            if most is None or self._size(t) <= most:
+                ids_NT = F.pad(ids_NT, (0, self._size(t) - t))
             with self._kept_below(None, ids_NT, row_M, position_M):
                 hidden_NTD: Tensor = self.body(input_ids=ids_NT, use_cache=False)[0]
             return hidden_NTD.flatten(0, 1).index_select(0, row_M * ids_NT.shape[1] + position_M)
@@ -123,7 +131,7 @@ class Rows:
         ids_CBT = ids_NT.cpu().numpy().reshape(clients, -1, t)
         found = pack(
             ids_CBT, need_N.reshape(clients, -1), row_M, position_M, ids_NT.device,
-            packing.LEAST_SHARED if self.shares else 0,
+            packing.LEAST_SHARED if self.shares else 0, self._size,
         )  # fmt: skip
         saved = n * t - found.ids_CP.numel()
         asked = found.wanted_CQ.size if self.narrows else found.ids_CP.numel()
@@ -135,13 +143,16 @@ class Rows:
             self._can_pack = self._try(clients, ids_NT.device)
         return found if self._can_pack else None
 
+    def _size(self, size: int) -> int:
+        return rounded(size, self._device, self._dtype)
+
     def _pays(self, saved_tokens: int) -> bool:
         return self._seconds(saved_tokens) > PER_PASS_SECONDS + PER_BLOCK_SECONDS * len(self._blocks)
 
     def _seconds(self, tokens: int) -> float:
         """What a forward and a backward pass of so many tokens cost: the weights are frozen, or nearly."""
-        device: Any = self.model.device
-        return 4 * tokens * self._parameters / (CPU_FLOPS if device.type == "cpu" else GPU_FLOPS)
+        cpu = CPU_HALF_FLOPS if self._dtype in HALF else CPU_FLOPS
+        return 4 * tokens * self._parameters / (cpu if self._device.type == "cpu" else GPU_FLOPS)
 
     @torch.no_grad()
     def _try(self, clients: int, device: torch.device) -> bool:
@@ -245,6 +256,14 @@ class Rows:
             yield
         finally:
             handle.remove()
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Positions that a text may take, an adapter's virtual tokens taken off; None where the model does not say."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return None
+    return positions - int(getattr(model, "num_virtual_tokens", 0))
 
 
 def _blocks(model: nn.Module, body: nn.Module) -> list[nn.Module]:

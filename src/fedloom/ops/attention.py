@@ -48,7 +48,7 @@ class _Causal(torch.autograd.Function):
     def forward(ctx: Any, q_NHTD: Tensor, k_NHTD: Tensor, v_NHTD: Tensor, scale: float) -> Tensor:
         n, h, t, d = q_NHTD.shape
         q, k, v = (x.reshape(n * h, t, d) for x in (q_NHTD, k_NHTD, v_NHTD))
-        needs_grad = any(x.requires_grad for x in (q_NHTD, k_NHTD, v_NHTD))
+        needs_grad = any(ctx.needs_input_grad[:3])
         keep = needs_grad and t <= KEPT_LENGTH * d
         future_TT = _future(t, q)
         out_NTHD = q.new_empty(n * h, t, d)
@@ -112,10 +112,12 @@ def _register() -> None:
         **more: Any,
     ) -> tuple[Tensor, None]:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        plain = (
+        fast = (
             attention_mask is None
             and causal
             and not dropout
+            and torch.is_grad_enabled()  # forward alone torch's own is faster, 2 x on a processor with AMX
+            and any(x.requires_grad for x in (query, key, value))
             and query.dtype == torch.bfloat16
             and query.device.type == "cpu"
             and 1 < query.shape[2] == key.shape[2]
@@ -125,7 +127,7 @@ def _register() -> None:
             and more.get("cache") is None
             and not more.get("output_attentions")
         )
-        if not plain:
+        if not fast:
             found: tuple[Tensor, None] = sdpa_attention_forward(
                 module,
                 query,

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedloom.ops.shapes import rounded
+
 # In float16 a probability below 6e-8 would be 0, and a large vocabulary has many of them: gradients of logits are
 # larger by this much there. Products with the head's weights stay below float16's largest number up to weights of 127.
 FLOAT16_LIFT = 256.0
@@ -50,6 +52,10 @@ def nll_chunked(hidden_ND: Tensor, labels_N: Tensor, head: Head, chunk_rows: int
     they are kept where they are one chunk, else made a second time.
     """
     rows = chunk_rows or max(64, CHUNK_BYTES // (4 * head.weight_VD.shape[0]))
+    asked = len(labels_N)
+    size = asked // rows * rows + min(rows, rounded(asked % rows, hidden_ND.device, hidden_ND.dtype))
+    if size > asked:  # few shapes; nobody looks at the losses of what is added
+        hidden_ND, labels_N = F.pad(hidden_ND, (0, 0, 0, size - asked)), F.pad(labels_N, (0, size - asked))
     trained = head.weight_VD.requires_grad or (head.bias_V is not None and head.bias_V.requires_grad)
     out: Tensor
     if trained and torch.is_grad_enabled():
@@ -58,7 +64,7 @@ def nll_chunked(hidden_ND: Tensor, labels_N: Tensor, head: Head, chunk_rows: int
         )
     else:
         out = _ChunkedNll.apply(hidden_ND, labels_N, head, rows)  # type: ignore[no-untyped-call]
-    return out
+    return out[:asked]
 
 
 def _piece(hidden_ND: Tensor, labels_N: Tensor, head: Head, needs_grad: bool) -> tuple[Tensor, Tensor | None]:

@@ -3,9 +3,9 @@
 Large temporary tensors (logits, activations) are taken and freed at every step. By default glibc maps and unmaps each
 of them, and the page faults cost up to half of the time of a step. Two settings keep the memory in the process.
 
-oneDNN keeps the code it makes for each new shape of a product, 1,024 of them, about 1.6 MB each in bfloat16. Batches of
-text have a new length at every step, so memory would grow for hundreds of steps: 1.2 GB where 0.7 GB do, at the same
-speed, with 64 of them.
+oneDNN keeps the code it makes for each new shape of a product, 1,024 of them, one or two MB each in bfloat16. The
+sizes of batches are rounded to few (`ops.shapes`), a few hundred shapes in all; with room for 256 of them little is
+made twice, and other products do not fill the memory with code that is not needed again.
 
 torch and transformers bring half a million objects that stay. The garbage collector looks through all of them again and
 again while they come, and for a fifth of a second whenever a run collects before it measures memory: it is paused
@@ -37,7 +37,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
 _SHAPE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's in front of it
-_SHAPES = "64"
+_SHAPES = "256"
 
 _CPU_ROOT = Path("/sys/devices/system/cpu")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")

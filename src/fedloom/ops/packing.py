@@ -173,7 +173,15 @@ class Layout:
         )
 
 
-def pack(ids_CBT: Ints, need_CB: Ints, row_M: Ints, position_M: Ints, device: torch.device, shared: int) -> Layout:
+def pack(
+    ids_CBT: Ints,
+    need_CB: Ints,
+    row_M: Ints,
+    position_M: Ints,
+    device: torch.device,
+    shared: int,
+    size: Callable[[int], int] = lambda size: size,
+) -> Layout:
     """The layout of C sequences, each of B rows end to end.
 
     Args:
@@ -183,9 +191,10 @@ def pack(ids_CBT: Ints, need_CB: Ints, row_M: Ints, position_M: Ints, device: to
         position_M: these positions.
         device: of the model.
         shared: the least number of tokens at the beginning of two rows of a sequence that are stored once; 0: none.
+        size: how many positions to make of T, P and Q: see `ops.shapes`.
     """
     c, b, _ = ids_CBT.shape
-    t = int(need_CB.max())
+    t = size(int(need_CB.max()))
     slot_CBT = np.full((c, b, t), -1, dtype=np.int64)
     sizes = np.zeros(c, dtype=np.int64)
     for client in range(c):
@@ -206,13 +215,13 @@ def pack(ids_CBT: Ints, need_CB: Ints, row_M: Ints, position_M: Ints, device: to
             slot_CBT[client, row, start:need] = sizes[client] + np.arange(need - start)
             sizes[client] += need - start
             done.append(row)
-    p = int(sizes.max())
+    p = size(int(sizes.max()))
     ids_CP, position_CP = np.zeros((c, p), dtype=np.int64), np.zeros((c, p), dtype=np.int64)
     client_N, row_N, position_N = np.nonzero(slot_CBT >= 0)
     ids_CP[client_N, slot_CBT[client_N, row_N, position_N]] = ids_CBT[client_N, row_N, position_N]
     position_CP[client_N, slot_CBT[client_N, row_N, position_N]] = position_N
     wanted = [np.unique(slot_CBT[row_M // b, row_M % b, position_M][row_M // b == client]) for client in range(c)]
-    wanted_CQ = np.full((c, max(map(len, wanted))), -1, dtype=np.int64)
+    wanted_CQ = np.full((c, min(p, size(max(map(len, wanted))))), -1, dtype=np.int64)
     for client, slots in enumerate(wanted):
         wanted_CQ[client, : len(slots)] = slots
     sequence_R, row_R = np.nonzero(need_CB)

@@ -13,8 +13,8 @@ import torch
 from fedloom.data.federation import Federation, prepare
 from fedloom.data.pair_batches import Pairs
 from fedloom.errors import RunError, UserError
-from fedloom.models.causal import positions_of
 from fedloom.models.load import Base, load_base
+from fedloom.models.rows import positions_of
 from fedloom.ops.host import tune_host
 from fedloom.ops.names import CONTROL, apart
 from fedloom.rounds import initial_state

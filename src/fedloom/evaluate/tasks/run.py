@@ -34,8 +34,9 @@ from fedloom.evaluate.loglikelihood import Continuation, Loglikelihood, loglikel
 from fedloom.evaluate.sampling import Sampling
 from fedloom.evaluate.tasks import find_task
 from fedloom.evaluate.tasks.base import Answer, Choose, Item, Judged, Request, Task, TaskSettings, Write
-from fedloom.models.causal import CausalLM, positions_of
+from fedloom.models.causal import CausalLM
 from fedloom.models.load import stop_ids
+from fedloom.models.rows import positions_of
 from fedloom.seeds import seed_of
 from fedloom.types import Tree
 

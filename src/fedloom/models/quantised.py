@@ -174,7 +174,7 @@ def _nf4_read_back(packed: Tensor, state: Any) -> Tensor:
     codes = packed.flatten()
     places = torch.stack([codes >> 4, codes & 15], 1).flatten()
     count = state.shape.numel()
-    numbers = state.code.float()[places.int()][:count]
+    numbers: Tensor = state.code.float()[places.int()][:count]
     numbers.mul_(largest.float().repeat_interleave(state.blocksize)[:count])
     return numbers.view(state.shape)
 
@@ -200,8 +200,9 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x, dequantised(layer, x.dtype), bias)
+        out: Tensor = F.linear(x, dequantised(layer, x.dtype), bias)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ dequantised(ctx.layer, grad.dtype), None
+        return torch.matmul(grad, dequantised(ctx.layer, grad.dtype)), None

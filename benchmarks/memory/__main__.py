@@ -32,9 +32,9 @@ def page(runs: Sequence[Any]) -> list[str]:
         "",
         "The last two layers are trained, and everything fits.",
         "",
-        "| model | blocks run without, with | CPU s an epoch without | first epoch with: x the speed | later ones "
+        "| model | processes | blocks run without, with | CPU s an epoch without | first epoch with: x the speed | later ones "
         "| all four | kept, MB | losses apart by |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for model, said in MODELS.items():
         some = [run for run in runs if run["model"] == model and run["what"] == "cache"]
@@ -47,7 +47,7 @@ def page(runs: Sequence[Any]) -> list[str]:
         every = over(model, "cache", lambda run: sum(run["seconds"]["plain"]) / sum(run["seconds"]["kept"]))
         gap = max(run["loss_gap"] for run in some)
         lines.append(
-            f"| {said}, {some[0]['dtype'].removeprefix('torch.')} | {layers}, 2 | {seconds:.2f} | {range_of(first)} | "
+            f"| {said}, {some[0]['dtype'].removeprefix('torch.')} | {len(some)} | {layers}, 2 | {seconds:.2f} | {range_of(first)} | "
             f"{range_of(later)} | {range_of(every)} | {kept / MB:.1f} for {some[0]['tokens']:,} tokens | {gap:.1g} |"
         )
     lines += [
@@ -57,8 +57,8 @@ def page(runs: Sequence[Any]) -> list[str]:
         "LoRA r 8 on all linear layers. Memory is what steps add at most to the resident memory of a process that has",
         "made one small step.",
         "",
-        "| model | CPU s of a step without | with: x the time | added memory without, MB | with, MB | with / without |",
-        "|---|---|---|---|---|---|",
+        "| model | processes | CPU s of a step without | with: x the time | added memory without, MB | with, MB | with / without |",
+        "|---|---|---|---|---|---|---|",
     ]
     for model, said in MODELS.items():
         some = [run for run in runs if run["model"] == model and run["what"] == "time"]
@@ -75,7 +75,7 @@ def page(runs: Sequence[Any]) -> list[str]:
             for way in ("plain", "recomputed")
         }
         lines.append(
-            f"| {said}, {some[0]['dtype'].removeprefix('torch.')} | {seconds:.2f} | {range_of(slower)} | "
+            f"| {said}, {some[0]['dtype'].removeprefix('torch.')} | {len(some)} | {seconds:.2f} | {range_of(slower)} | "
             f"{added['plain'] / MB:.0f} | {added['recomputed'] / MB:.0f} | "
             f"{added['recomputed'] / added['plain']:.2f} |"
         )

@@ -32,8 +32,8 @@ def page(runs: Sequence[Any]) -> list[str]:
         "",
         "The last two layers are trained, and everything fits.",
         "",
-        "| model | processes | blocks run without, with | CPU s an epoch without | first epoch with: x the speed | later ones "
-        "| all four | kept, MB | losses apart by |",
+        "| model | processes | blocks run without, with | CPU s an epoch without | first epoch with: x the speed "
+        "| later ones | all four | kept, MB | losses apart by |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for model, said in MODELS.items():
@@ -47,8 +47,9 @@ def page(runs: Sequence[Any]) -> list[str]:
         every = over(model, "cache", lambda run: sum(run["seconds"]["plain"]) / sum(run["seconds"]["kept"]))
         gap = max(run["loss_gap"] for run in some)
         lines.append(
-            f"| {said}, {some[0]['dtype'].removeprefix('torch.')} | {len(some)} | {layers}, 2 | {seconds:.2f} | {range_of(first)} | "
-            f"{range_of(later)} | {range_of(every)} | {kept / MB:.1f} for {some[0]['tokens']:,} tokens | {gap:.1g} |"
+            f"| {said}, {some[0]['dtype'].removeprefix('torch.')} | {len(some)} | {layers}, 2 | {seconds:.2f} | "
+            f"{range_of(first)} | {range_of(later)} | {range_of(every)} | "
+            f"{kept / MB:.1f} for {some[0]['tokens']:,} tokens | {gap:.1g} |"
         )
     lines += [
         "",
@@ -57,7 +58,8 @@ def page(runs: Sequence[Any]) -> list[str]:
         "LoRA r 8 on all linear layers. Memory is what steps add at most to the resident memory of a process that has",
         "made one small step.",
         "",
-        "| model | processes | CPU s of a step without | with: x the time | added memory without, MB | with, MB | with / without |",
+        "| model | processes | CPU s of a step without | with: x the time | added memory without, MB | with, MB "
+        "| with / without |",
         "|---|---|---|---|---|---|---|",
     ]
     for model, said in MODELS.items():

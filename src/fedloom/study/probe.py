@@ -52,6 +52,7 @@ __all__ = ["Meter", "Probe", "Trained", "faster_width"]
 TIMED_STEPS = 3  # of the round that is timed: a short one, a middling one, a long one
 SMALL_SHARE = 8  # the smaller pass of the two that foretell the largest has an eighth of its rows
 PROBED_ITEMS = 16  # of a benchmark
+MADE_ROWS = 8  # whose way through frozen blocks is timed, of all lengths
 MOST_PROBED_TOKENS = 24  # of answers; longer ones are reckoned
 GAIN = 1.03  # a wider pass has to be faster by this to be taken
 
@@ -173,12 +174,13 @@ class Probe:
         train = self.session.federation.pooled("train")
         order = train.lengths.argsort(kind="stable")
         points = []
-        for place in (0.25, 0.25, 0.5, 0.75):  # the first one warms up
-            row = train[int(order[round_to(place * (len(order) - 1))])]
-            row_T = torch.as_tensor(row.input_ids, dtype=torch.int64, device=self.session.base.device)
-            start = self.clock()
-            self.frozen.make(row_T)
-            points.append((Passes(1, len(row_T), len(row_T)), self.clock() - start))
+        for place in spread(len(order), MADE_ROWS):
+            ids = [int(token) for token in train[int(order[place])].input_ids]
+            row_T = torch.tensor(ids, device=self.session.base.device)
+            for _ in range(2):  # rows of a length that was there before are faster, and most are
+                start = self.clock()
+                self.frozen.make(row_T)
+                points.append((Passes(1, len(ids), len(ids)), self.clock() - start))
         return fitted(points[1:])
 
     def bytes_of_a_state(self) -> int:

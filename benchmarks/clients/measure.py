@@ -7,6 +7,7 @@ python -m benchmarks.clients.measure personal NUMBER COHORT ROUNDS memory|disk
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import json
@@ -104,6 +105,7 @@ def rounds(number: int, cohort: int, num_rounds: int, kind: str) -> dict[str, An
         few = [clients.open(client, 0) for client in clients.ids[:16]]
         run_round(algorithm, adapter, run, dataclasses.replace(state, personal={}), few)  # warm
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what the table's making left free would hide what rounds take
         before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the most so far begins anew
         each: list[float] = []

@@ -22,7 +22,8 @@ WAYS = {
 
 def tables(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
-        "1,024 labelled positions, hidden size 256, float32, one thread; each way in processes of its own, medians.",
+        "1,024 labelled positions, hidden size 256, float32, one thread; each way in processes of its own, medians of "
+        f"{len(runs) // len(SIZES) // len(WAYS)}.",
         "Memory is what the process needs beyond the model and the hidden states.",
         "",
         "| vocabulary | way | MiB more | x in chunks | CPU seconds | x in chunks | loss |",

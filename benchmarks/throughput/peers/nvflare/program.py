@@ -37,7 +37,7 @@ def main() -> None:
         server_expected_format=ExchangeFormat.PYTORCH,
         key_metric="",
     )
-    recipe.job.to_server(str(HERE / "lora_weights.py"))
+    recipe.add_server_file(str(HERE / "lora_weights.py"))
     # With a thread for every client its process stays between rounds; with fewer, one is started for every task.
     cores = os.cpu_count() or 1
     threads = work.clients if work.clients <= 2 * cores else cores

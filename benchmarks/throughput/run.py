@@ -30,12 +30,12 @@ HERE = Path(__file__).parent
 LIMIT_SECONDS = 900.0
 # The same rows per client at batch 1 as at batch 4.
 SETTINGS = (
-    Work(clients=3, batch=4, steps=10, rounds=2, held_out=48),
-    Work(clients=3, batch=4, steps=2, rounds=1, model="100M", held_out=12),
-    Work(clients=3, batch=1, steps=40, rounds=2, held_out=48),
-    Work(clients=3, batch=1, steps=8, rounds=1, model="100M", held_out=12),
-    Work(clients=30, batch=4, steps=2, rounds=1, held_out=48),
-    Work(clients=30, batch=1, steps=8, rounds=1, held_out=48),
+    Work(clients=3, batch=4, steps=20, rounds=3, held_out=48),
+    Work(clients=3, batch=4, steps=6, rounds=1, model="100M", held_out=12),
+    Work(clients=3, batch=1, steps=80, rounds=3, held_out=48),
+    Work(clients=3, batch=1, steps=24, rounds=1, model="100M", held_out=12),
+    Work(clients=30, batch=4, steps=4, rounds=1, held_out=48),
+    Work(clients=30, batch=1, steps=16, rounds=1, held_out=48),
 )
 TINY = (Work(clients=3, batch=2, steps=2, rounds=2, rows=60, model="tiny", held_out=8),)
 

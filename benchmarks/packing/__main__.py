@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.throughput import work as shared
+from benchmarks.throughput.note import cpu_seconds
 from benchmarks.throughput.run import machine
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -49,13 +50,13 @@ def cohort(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def sides() -> dict[str, Callable[[list[dict[str, torch.Tensor]]], None]]:
     """Each makes the losses and gradients of the clients' batches."""
-    adapter = lora(shared.make_model(), rank=shared.RANK, alpha=shared.ALPHA, targets=list(shared.TARGETS))
+    adapter = lora(shared.make_model("10M"), rank=shared.RANK, alpha=shared.ALPHA, targets=list(shared.TARGETS))
     start = adapter.init(0)
     apart = Rows.apart
     config = LoraConfig(
         r=shared.RANK, lora_alpha=int(shared.ALPHA), target_modules=list(shared.TARGETS), task_type="CAUSAL_LM"
     )
-    bare = get_peft_model(shared.make_model(), config)
+    bare = get_peft_model(shared.make_model("10M"), config)
     bare.config.use_cache = False
 
     def step(way: str) -> Callable[[list[dict[str, torch.Tensor]]], None]:
@@ -79,17 +80,20 @@ def sides() -> dict[str, Callable[[list[dict[str, torch.Tensor]]], None]]:
 
 
 def measured(clients: int, rows: int, steps: int) -> dict[str, Any]:
-    data, draw = shared.make_data(1000, 0), np.random.default_rng(0)
+    data, draw = (
+        shared.make_data(shared.Work(clients=1, batch=1, steps=1, rounds=1, rows=1000)),
+        np.random.default_rng(0),
+    )
     every = sides()
     found: dict[str, Any] = {name: {"cpu_seconds": [], "flops": 0.0} for name in every}
     tokens = padded = 0
     for number in range(steps + 1):  # the first is for what is done once
         batches = batches_of(data, clients, rows, draw)
         for name, step in every.items():
-            began = shared.cpu_seconds()
+            began = cpu_seconds()
             step(batches)
             if number:
-                found[name]["cpu_seconds"].append(shared.cpu_seconds() - began)
+                found[name]["cpu_seconds"].append(cpu_seconds() - began)
             if number == 1:
                 with FlopCounterMode(display=False) as counted:
                     step(batches)

@@ -36,7 +36,7 @@ def write(folder: Path, title: str, runs: Sequence[Mapping[str, Any]], tables: C
     from benchmarks.throughput.run import machine
 
     own = {key: value for key, value in machine().items() if not key.startswith("peers")}
-    results = {"machine": own, "runs": list(runs)}
+    results: dict[str, Any] = {"machine": own, "runs": list(runs)}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     head = [f"# {title}", "", *(f"{key}: {value}  " for key, value in results["machine"].items()), ""]
     text = "\n".join([*head, *tables(results["runs"])]) + "\n"
@@ -46,4 +46,7 @@ def write(folder: Path, title: str, runs: Sequence[Mapping[str, Any]], tables: C
 
 def middle(runs: Sequence[Mapping[str, Any]], key: str, **where: Any) -> float:
     """The median of a figure over the runs with these settings."""
-    return statistics.median(run[key] for run in runs if all(run[name] == value for name, value in where.items()))
+    found: float = statistics.median(
+        run[key] for run in runs if all(run[name] == value for name, value in where.items())
+    )
+    return found

@@ -127,12 +127,12 @@ def rounds(number: int, cohort: int, num_rounds: int, kind: str) -> dict[str, An
         }
 
 
-def main(what: str, number: int, cohort: int, num_rounds: int = 2, kind: str = "none") -> None:
+def main(what: str, clients: str, sampled: str, num_rounds: str = "2", kind: str = "none") -> None:
     tune_host(1)
-    found = population(number, cohort) if what == "population" else rounds(number, cohort, num_rounds, kind)
+    number, cohort = int(clients), int(sampled)
+    found = population(number, cohort) if what == "population" else rounds(number, cohort, int(num_rounds), kind)
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    main(words[0], *map(int, words[1:4]), *words[4:])
+    main(*sys.argv[1:])

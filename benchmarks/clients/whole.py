@@ -136,4 +136,5 @@ def main(command: str, file: str, method: str, cohort: int, rounds: int) -> None
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], *map(int, sys.argv[4:]))
+    command, file, method, cohort, rounds = sys.argv[1:]
+    main(command, file, method, int(cohort), int(rounds))

@@ -40,7 +40,8 @@ def page(results: dict[str, Any]) -> str:
         return [run for run in runs if run["model"] == model and run["way"] == way]
 
     def middle(model: str, way: str, key: str) -> float:
-        return statistics.median(run[key] for run in of(model, way))
+        found: float = statistics.median(run[key] for run in of(model, way))
+        return found
 
     load = sorted(run["load"] for run in runs)
     lines = [

@@ -198,7 +198,7 @@ def by_trainer(case: Case, device: torch.device) -> dict[str, Any]:
                 logging_strategy="no",
                 disable_tqdm=True,
             )
-            trainer = transformers.Trainer(model=tuned, args=settings, train_dataset=data)  # type: ignore[arg-type]
+            trainer = transformers.Trainer(model=tuned, args=settings, train_dataset=data)
             wait(device)
             began = time.perf_counter()
             trainer.train()

@@ -115,10 +115,12 @@ def page(results: dict[str, Any]) -> str:
             continue
 
         def middle(key: str, own: list[dict[str, Any]] = own) -> float:
-            return statistics.median(run[key] for run in own)
+            found: float = statistics.median(run[key] for run in own)
+            return found
 
         def ratio(key: str, own: list[dict[str, Any]] = own) -> float:
-            return statistics.median(run[key] / base[run["repetition"]][key] for run in own)
+            found: float = statistics.median(run[key] / base[run["repetition"]][key] for run in own)
+            return found
 
         lines.append(
             f"| {name} | {middle('cpu_seconds'):.1f} | {ratio('cpu_seconds'):.2f} | {ratio('wall_seconds'):.2f} "

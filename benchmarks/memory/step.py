@@ -60,7 +60,7 @@ def batches_of(name: str) -> list[Mapping[str, Tensor]]:
         return [collate([found[number]], [number], cpu) for number in range(BATCHES)]
     data = shared.make_data(shared.Work(1, ROWS[name], BATCHES, 1, rows=1000, held_out=1))
     rows = np.random.default_rng(0).permutation(1000)[: BATCHES * ROWS[name]].reshape(BATCHES, -1)
-    told = []
+    told: list[Mapping[str, Tensor]] = []
     for number, some in enumerate(rows):
         batch = shared.pad(data, some)
         batch["lengths"] = batch.pop("attention_mask").sum(1)

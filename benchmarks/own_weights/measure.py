@@ -12,6 +12,7 @@ import argparse
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 ROWS, TOKENS = 2, 64
@@ -30,8 +31,13 @@ def case(kind: str, clients: int, shape: dict[str, int]) -> dict[str, float]:
     from fedloom.study.costs import peak_memory_bytes, reset_peak_memory
 
     base = random_base(hidden_size=shape["hidden"], num_layers=shape["layers"], num_heads=8, vocab_size=2048)
-    make = {"lora": fl.lora, "full": fl.full, "last_layers": fl.last_layers, "bottleneck": fl.bottleneck}[kind]
-    adapter: Any = make(base.model)
+    makers: dict[str, Callable[..., Any]] = {
+        "lora": fl.lora,
+        "full": fl.full,
+        "last_layers": fl.last_layers,
+        "bottleneck": fl.bottleneck,
+    }
+    adapter = makers[kind](base.model)
     tree = adapter.init(0)
     update = fl.sgd_client(fl.adamw(1e-5), max_grad_norm=1.0)
     draw = torch.Generator().manual_seed(0)

@@ -176,7 +176,8 @@ def page(results: dict[str, Any]) -> str:
     loads = [run["load"] for run in runs]
 
     def off(run: dict[str, Any], key: str) -> float:
-        return 100 * (run["forecast"][key] / run["run"][key] - 1)
+        percent: float = 100 * (run["forecast"][key] / run["run"][key] - 1)
+        return percent
 
     lines = [
         "# Forecasts of memory and time: results",

@@ -67,7 +67,8 @@ def small_model(folder: Path) -> None:
     base = random_base(
         hidden_size=768, num_layers=12, num_heads=12, intermediate_size=2048, vocab_size=32_000, max_positions=512
     )
-    base.model.save_pretrained(folder)
+    model: Any = base.model
+    model.save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
 
 
@@ -83,18 +84,20 @@ def score(kind: str, seed: int, rounds: int, out: Path) -> dict[str, Any]:
     from fedloom.study.recipe import Recipe
     from fedloom.study.run import run_recipe
 
-    recipe = Recipe(
-        model="builtin",
-        dtype="float32",
-        quantization=kind,
-        rounds=rounds,
-        local_steps=10,
-        seed=seed,
-        client={"learning_rate": 1e-2, "per_device_train_batch_size": 16},
-        arms=["federated"],
-        evaluate={"eval_rounds": rounds, "limit": 50},
-        runtime={"threads": 1},
-        output_dir=str(out / f"{kind}-{seed}"),
+    recipe = Recipe.model_validate(
+        {
+            "model": "builtin",
+            "dtype": "float32",
+            "quantization": kind,
+            "rounds": rounds,
+            "local_steps": 10,
+            "seed": seed,
+            "client": {"learning_rate": 1e-2, "per_device_train_batch_size": 16},
+            "arms": ["federated"],
+            "evaluate": {"eval_rounds": rounds, "limit": 50},
+            "runtime": {"threads": 1},
+            "output_dir": str(out / f"{kind}-{seed}"),
+        }
     )
     arm = json.loads((run_recipe(recipe) / "result.json").read_text())["arms"]["federated"]
     return {"kind": kind, "seed": seed, "loss": arm["loss"], "score": arm.get("score")}

@@ -58,7 +58,8 @@ def main(path: str, kind: str, clients: int) -> None:
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the most so far begins anew
     begin, cpu = time.perf_counter(), time.process_time()
-    made = prepare(DataRecipe(path=path, max_length=1024), SplitRecipe(kind=kind, clients=clients), tokenizer, 42)
+    split = SplitRecipe.model_validate({"kind": kind, "clients": clients})
+    made = prepare(DataRecipe(path=path, max_length=1024), split, tokenizer, 42)
     wall, used = time.perf_counter() - begin, time.process_time() - cpu
     found = {
         "bytes": Path(path).stat().st_size,

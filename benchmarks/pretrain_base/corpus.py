@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar
 
 from fedloom.data.builtin import TASKS
@@ -109,7 +110,7 @@ def _numbers(rng: random.Random) -> str:
     parts = []
     for _ in range(rng.randint(1, 3)):
         values = range(10, 100) if rng.random() < 0.8 else range(10)
-        a, b = _until(lambda values=values: rng.sample(values, 2), lambda ab: number_pool(*ab) == "pretrain")
+        a, b = _until(partial(rng.sample, values, 2), lambda ab: number_pool(*ab) == "pretrain")
         high, low = max(a, b), min(a, b)
         facts = [
             f"{high} is larger than {low}",

@@ -54,7 +54,8 @@ def page(results: dict[str, Any]) -> str:
     runs = results["runs"]
 
     def middle(processes: int, key: str) -> float:
-        return statistics.median(run[key] for run in runs if run["processes"] == processes)
+        found: float = statistics.median(run[key] for run in runs if run["processes"] == processes)
+        return found
 
     lines = [
         "# Several processes: results",

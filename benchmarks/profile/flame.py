@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 from html import escape
 
@@ -37,7 +37,7 @@ class Node:
 
 def table(root: Node, rows: int = 20) -> str:
     """Own time by name and by part of the step, the most first."""
-    by_name: Counter[tuple[str, str]] = Counter()
+    by_name: defaultdict[tuple[str, str], float] = defaultdict(float)
 
     def walk(node: Node, part: str) -> None:
         part = part_of(node.name, part)
@@ -46,8 +46,9 @@ def table(root: Node, rows: int = 20) -> str:
             walk(child, part)
 
     walk(root, "round")
+    most = sorted(by_name.items(), key=lambda one: -one[1])[:rows]
     lines = ["| part | operator | share of the round |", "|---|---|--:|"]
-    lines += [f"| {part} | `{name}` | {time / root.time:.1%} |" for (part, name), time in by_name.most_common(rows)]
+    lines += [f"| {part} | `{name}` | {time / root.time:.1%} |" for (part, name), time in most]
     return "\n".join(lines)
 
 

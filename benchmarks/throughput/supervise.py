@@ -39,7 +39,7 @@ class Watch:
         self.most_processes = 0
 
     def look(self) -> list[psutil.Process]:
-        processes = psutil.Process().children(recursive=True)
+        processes: list[psutil.Process] = psutil.Process().children(recursive=True)
         private, shared = 0, 0
         for process in processes:
             with contextlib.suppress(psutil.Error, OSError):

@@ -39,7 +39,7 @@ def main(vocabulary: int, way: str) -> None:
         "hf": lambda: hugging_face(hidden_ND, labels_N, weight_VD),
     }
     hugging_face(hidden_ND[:2], labels_N[:2] % 8, weight_VD[:8]).backward()  # what loads on first use has loaded
-    hidden_ND.grad = None
+    del hidden_ND.grad
     before, start = memory("VmRSS"), time.process_time()
     loss = ways[way]()
     loss.backward()

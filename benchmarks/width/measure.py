@@ -111,5 +111,6 @@ def measured(model: str, batch: int, steps: int, repeats: int, scratch: Path) ->
 
 
 if __name__ == "__main__":
+    model, batch, steps, repeats = sys.argv[1:]
     with tempfile.TemporaryDirectory() as place:
-        print(json.dumps(measured(sys.argv[1], *map(int, sys.argv[2:5]), Path(place))))
+        print(json.dumps(measured(model, int(batch), int(steps), int(repeats), Path(place))))

@@ -37,7 +37,8 @@ def page(results: dict[str, Any]) -> str:
     runs = results["runs"]
 
     def middle(way: str, key: str) -> float:
-        return statistics.median(run[key] for run in runs if run["way"] == way)
+        found: float = statistics.median(run[key] for run in runs if run["way"] == way)
+        return found
 
     def spread(way: str) -> str:
         peaks = [run["peak"] / MIB for run in runs if run["way"] == way]

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from fedloom.adapters import full, lora, seed_space  # noqa: E402
-from fedloom.adapters.seed_space import COEFFICIENTS  # noqa: E402
+from fedloom.adapters.seed_space import COEFFICIENTS, SeedSpace  # noqa: E402
 from fedloom.clients import mezo_client, sgd_client, zo_client  # noqa: E402
 from fedloom.optimizers import adamw, sgd  # noqa: E402
 from fedloom.study.costs import peak_memory_bytes, reset_peak_memory  # noqa: E402
@@ -83,7 +83,7 @@ def main(way: str) -> dict[str, Any]:
             state = update.step(adapter.loss, state, batch())
     found["cpu_seconds_per_step"] = (time.process_time() - start) / STEPS
     found["peak"] = peak_memory_bytes()
-    if way == "fedkseed":  # what a node pays that has missed so many seeds
+    if isinstance(adapter, SeedSpace):  # what a node pays that has missed so many seeds
         a_K = state.params[COEFFICIENTS][0].clone()
         adapter.go(a_K)
         a_K[:REPLAYED] += 1e-5

@@ -28,7 +28,7 @@ from fedloom.study.folder import RunFolder
 from fedloom.study.forecast import Cost, Line, Measured, Memory, fitted, line_through
 from fedloom.study.passes import ArmWork, Decoding, Passes, Step, arm_work, decodings, evaluation_passes
 from fedloom.study.plan import plan
-from fedloom.study.probe import Meter, Probe
+from fedloom.study.probe import Meter, Probe, largest_of
 from fedloom.study.run import run_recipe
 from fedloom.study.session import initial_state, open_session
 from fedloom.types import Client
@@ -227,6 +227,7 @@ def test_processes_share_a_round_and_the_slowest_ends_it(home, tmp_path):
     assert parts["evaluation"] == pytest.approx((2 + 2 * times + 5, 3 + 3 * times + 8))
     assert parts["start"] == pytest.approx((14, 11))
     assert Memory(100, 50, report=7, states=3, kept=5).total(3) == 165 + 2 * 155
+    assert Memory(100, 50, code=9).peak == 159
 
 
 def test_benchmarks_are_counted_as_often_as_they_are_asked(home, tmp_path):
@@ -489,3 +490,24 @@ def test_the_peak_foretold_is_that_of_a_run(home, tmp_path):
     )
     foretold, taken = json.loads(done.stdout.splitlines()[-1])
     assert foretold == pytest.approx(taken, rel=0.15)
+
+
+def test_the_code_of_shapes_still_to_come_is_counted_where_products_make_code(home, tmp_path):
+    work = ArmWork([Step(1, 4, size, 4 * size) for size in range(64, 512, 8)], 1.0, 1, 1, 1, 1.0, 1.0)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        probe = Probe(open_session(recipe(home, tmp_path / dtype, dtype=dtype)), None)
+        found[dtype] = [probe.code_to_come(arms) for arms in ({"global": work}, {"global": work, "federated": work})]
+    assert found["float32"] == [0, 0]
+    assert 2**20 < found["bfloat16"][0] == found["bfloat16"][1] <= 256 * 2**20, "arms share shapes; no more are kept"
+
+
+def test_a_step_is_timed_when_its_shapes_have_been_there_before(home, tmp_path):
+    for dtype, often in (("float32", 1), ("bfloat16", 2)):
+        ticks = iter(range(100))
+        clock = lambda ticks=ticks: Cost(float(next(ticks)) ** 2, 0.0)  # noqa: E731
+        session = open_session(recipe(home, tmp_path / dtype, dtype=dtype))
+        probe = Probe(session, None, clock)
+        arm, step = largest_of({"federated": arm_work(session.recipe, session.federation, "federated", 2)})
+        _, cost = probe.make(probe.passes_of(arm, step))
+        assert next(ticks) == 2 * often and cost.wall == (2 * often - 1) ** 2 - (2 * often - 2) ** 2

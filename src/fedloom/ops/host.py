@@ -37,7 +37,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
 _SHAPE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's in front of it
-_SHAPES = "256"
+KEPT_SHAPES = 256
 
 _CPU_ROOT = Path("/sys/devices/system/cpu")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -62,7 +62,7 @@ def tune_host(threads: int | Literal["auto"] = "auto", processes: int = 1) -> Ho
         UserError: `threads` is below 1.
     """
     for name in _SHAPE_CACHES:  # read once, at the first product; a person's own setting stays
-        os.environ.setdefault(name, _SHAPES)
+        os.environ.setdefault(name, str(KEPT_SHAPES))
     import torch
 
     if threads != "auto" and threads < 1:

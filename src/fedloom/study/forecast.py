@@ -127,11 +127,12 @@ class Memory:
     report: int = 0  # what drawing the report loads
     loading: int = 0  # the peak until the first pass, all in all
     kept: int = 0  # what frozen blocks make of rows, in the host's memory (runtime.activation_cache_gb)
+    code: int = 0  # of products of shapes that are still to come
     measured: bool = True  # whether the largest pass was made; else it is on a line through smaller ones
 
     @property
     def peak(self) -> int:
-        beside = self.report + self.states + self.kept
+        beside = self.report + self.states + self.kept + self.code
         return max(self.loading, self.resident + beside + max(self.training, self.evaluation))
 
     def total(self, processes: int) -> int:
@@ -160,6 +161,7 @@ class Memory:
             "states_bytes": self.states,
             "report_bytes": self.report,
             "kept_bytes": self.kept,
+            "code_bytes": self.code,
             "loading_bytes": self.loading,
             "measured": self.measured,
             "dominant": self.dominant,

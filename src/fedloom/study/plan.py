@@ -244,6 +244,7 @@ class _Planner:
             states=self._states(works),
             loading=self.loading,
             measured=trained.measured,
+            code=self.probe.code_to_come(works),
         )
         evaluations: dict[str, list[EvaluationWork]] | None = None
         most = self._new_tokens()

@@ -30,7 +30,9 @@ from fedloom.evaluate.scores import SCORES
 from fedloom.evaluate.tasks.base import Item, TaskSettings
 from fedloom.evaluate.tasks.run import answerer_of, limited, run_task
 from fedloom.models.frozen import FrozenBlocks
+from fedloom.ops.host import KEPT_SHAPES
 from fedloom.ops.memory import held_bytes
+from fedloom.ops.shapes import makes_code, rounded
 from fedloom.rounds import initial_state, run_round
 from fedloom.runtimes import batched
 from fedloom.runtimes.cohort import train_block
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Meter", "Probe", "Trained", "faster_width"]
 
+# Of products in half precision on a CPU (`ops.shapes`), with LoRA, forward and backward.
+SHAPES_OF_A_PASS, SHAPES_OF_ATTENTION, PROBED, CODE_BYTES = 20, 8, 3, 2**20
 TIMED_STEPS = 3  # of the round that is timed: a short one, a middling one, a long one
 SMALL_SHARE = 8  # the smaller pass of the two that foretell the largest has an eighth of its rows
 PROBED_ITEMS = 16  # of a benchmark
@@ -149,7 +153,7 @@ class Probe:
         return clients
 
     def make(self, clients: Sequence[Client]) -> tuple[Passes, Cost]:
-        """One optimiser step of a block.
+        """One optimiser step of a block, when shapes like its have been there before: most steps find them so.
 
         Raises:
             RunError: it does not fit in memory, or has no gradient.
@@ -157,8 +161,23 @@ class Probe:
         took: list[Cost] = []
         ids = tuple(client.id for client in clients)
         sites = [Site(self.recipe.seed, 0, client.id, ids) for client in clients]
-        train_block(self._timed(took), self.session.adapter, self.state, clients, sites)
-        return passes_through([client.batches[0] for client in clients]), took[0]
+        for _ in range(2 if self._makes_code() else 1):
+            train_block(self._timed(took), self.session.adapter, self.state, clients, sites)
+        return passes_through([client.batches[0] for client in clients]), took[-1]
+
+    def _makes_code(self) -> bool:
+        return makes_code(self.session.base.device, self.session.base.dtype)
+
+    def code_to_come(self, arms: Mapping[str, ArmWork]) -> int:
+        """Bytes of the code of products of which no pass here has made any, roughly."""
+        if not self._makes_code():
+            return 0
+        base = self.session.base
+        steps = [step for work in arms.values() for step in work.steps]
+        tokens = {rounded(step.pass_tokens, base.device, base.dtype) for step in steps}
+        lengths = {rounded(step.tokens, base.device, base.dtype) for step in steps}
+        shapes = (len(tokens) - PROBED) * SHAPES_OF_A_PASS + (len(lengths) - PROBED) * SHAPES_OF_ATTENTION
+        return max(0, min(KEPT_SHAPES, shapes)) * CODE_BYTES
 
     def ready(self, clients: Sequence[Client]) -> None:
         """Have at hand what frozen blocks make of these rows, as a run has in every pass but a row's first."""

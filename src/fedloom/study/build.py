@@ -55,7 +55,6 @@ from fedloom.errors import UserError
 from fedloom.models.load import Base, hardware_dtype, load_tokenizer
 from fedloom.ops.loss_scale import scaling_in
 from fedloom.ops.ranks import Ranks
-from fedloom.ops.shapes import HALF
 from fedloom.optimizers import Optimizer, adagrad, adam, adamw, decay, sgd, yogi
 from fedloom.personal import Store
 from fedloom.rounds import Sampling
@@ -91,7 +90,7 @@ from fedloom.types import (
 logger = logging.getLogger("fedloom")
 
 POOLED = "pooled"  # the one client of the global arm
-CPU_NUMBERS_PER_PASS = 640_000  # tokens x hidden size in float32: a wider pass loses on a CPU (benchmarks/throughput)
+CPU_NUMBERS_PER_PASS = 640_000  # tokens x hidden size: beyond it a wider pass loses on a CPU (benchmarks/throughput)
 GPU_TOKENS_PER_PASS = 32_768
 PERSONAL_BYTES = 1 << 30  # of all clients' personal state; beyond it, it lies on disk
 WEIGHTS_PER_PASS = 32_000_000  # trained numbers of all clients in a pass: each has its own, its gradient, its optimiser
@@ -696,8 +695,7 @@ def width_of(recipe: Recipe, federation: Federation, base: Base) -> int:
     lengths = 2 * Pairs(train).lengths if federation.paired else train.lengths
     typical = float(lengths.mean()) if len(lengths) else 1.0
     hidden_size = int(getattr(base.model.config, "hidden_size", 1024))
-    numbers = CPU_NUMBERS_PER_PASS * (2 if base.dtype in HALF else 1)
-    room = numbers // hidden_size if base.device.type == "cpu" else GPU_TOKENS_PER_PASS
+    room = CPU_NUMBERS_PER_PASS // hidden_size if base.device.type == "cpu" else GPU_TOKENS_PER_PASS
     wanted = int(room // max(1.0, typical * recipe.client.per_device_train_batch_size))
     if recipe.adapter.kind in ("full", "last_layers"):
         layers = int(getattr(base.model.config, "num_hidden_layers", 0)) or 1

@@ -204,7 +204,15 @@ class TestBytecode:
     def test_make_lets_python_keep_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
         (tmp_path / "more.mk").write_text("show:\n\t@echo [$$PYTHONDONTWRITEBYTECODE]\n", encoding="utf-8")
-        command = ["make", "-f", str(ROOT / "Makefile"), "-f", str(tmp_path / "more.mk"), "show"]
+        command = [
+            "make",
+            "--no-print-directory",
+            "-f",
+            str(ROOT / "Makefile"),
+            "-f",
+            str(tmp_path / "more.mk"),
+            "show",
+        ]
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -132,7 +132,7 @@ def test_rounds_with_evaluations_between_them_are_those_of_the_weights_read_back
 
 @installed
 def test_a_kernel_that_reads_back_other_weights_is_not_used(monkeypatch, folder):
-    """As bitsandbytes' is on CPUs with AVX-512, where the in-features are no multiple of the block."""
+    """As bitsandbytes' is on CPUs with AVX-512 for some shapes."""
     import bitsandbytes.functional as functional
 
     right = load_base(str(folder), dtype="float32", quantization="nf4")

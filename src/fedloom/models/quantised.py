@@ -7,9 +7,9 @@ the base's dtype: forward, backward and in evaluation the same numbers, and one 
 bitsandbytes does otherwise in three places, and all are put right here. Its 4 bit layer repacks its weights on CPUs
 with AVX-512 in the first evaluation, after which no gradient passes it (see `ops.graph`). On such CPUs it also reads
 back other weights than it stored for some shapes whose in-features are no multiple of the block, a quarter of their
-size away; so what it reads is compared with the definition, once for each layer. Its 8 bit layer rounds activations too (LLM.int8()),
-in float16, with outlier columns looked for in the whole batch, so what a client gets would depend on who is in the pass
-with it.
+size away; so what it reads is compared with the definition, once for each layer. Its 8 bit layer rounds activations
+too (LLM.int8()), in float16, with outlier columns looked for in the whole batch, so what a client gets would depend on
+who is in the pass with it.
 
 Shape suffixes: D in-features, O out-features; x and y end in D and O.
 """
